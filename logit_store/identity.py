@@ -1,0 +1,49 @@
+"""Content hashes: what decides the labels (labels_id), what decides who may train on them (text_id)."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from logit_store.errors import IdentityError
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no white space: equal values give equal bytes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 as hexadecimal text."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """SHA-256 of ``canonical_json(value)``."""
+    return digest(canonical_json(value))
+
+
+def text_id(vocabulary_sha256: str, shard_sha256s: Iterable[str]) -> str:
+    """Identity of tokenised text: the vocabulary map and the token shards, in order."""
+    return digest_json({"vocabulary": vocabulary_sha256, "shards": list(shard_sha256s)})
+
+
+def labels_id(fields: Mapping[str, Any]) -> str:
+    """Identity of soft labels: the hash of ``fields``, each of which decides the labels."""
+    return digest_json(dict(fields))
+
+
+def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str) -> None:
+    """Raise IdentityError naming every field in which ``found`` (stored) and ``wanted`` (asked for) differ."""
+    lines = [
+        f"{field} is {_short(found.get(field))} there and {_short(wanted.get(field))} here"
+        for field in sorted({*found, *wanted})
+        if found.get(field) != wanted.get(field)
+    ]
+    if lines:
+        raise IdentityError(f"{where} belongs to another run: {'; '.join(lines)}. {remedy}")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return text if len(text) <= 80 else text[:77] + "..."
