@@ -1,0 +1,74 @@
+"""Prefixes of stored rows as tensors, padded to the longest of their micro-batch."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from logit_store import LogitRow, LogitStore, TokenStore
+from training.batches import Prefix
+from training.losses import SparseTargets
+
+
+class MicroBatch(NamedTuple):
+    """B prefixes padded to L positions; N of the B·L positions carry loss."""
+
+    input_ids_BL: Tensor
+    """int64; 0 where padded (on the right: under causal attention no real position sees it)."""
+    valid_BL: Tensor
+    """bool: which positions carry loss."""
+    next_ids_N: Tensor
+    """int64: the tokens to predict, of the valid positions in order."""
+    targets: SparseTargets | None
+    """The teacher's labels of the valid positions; None from a token store."""
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device."""
+        targets = self.targets and SparseTargets(*(column.to(device) for column in self.targets))
+        ids, valid, next_ids = (t.to(device) for t in self[:3])
+        return MicroBatch(ids, valid, next_ids, targets)
+
+
+def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0) -> MicroBatch:
+    """Read and pad the prefixes. No prefixes give one padded position without loss, so that every rank runs."""
+    rows = [store[prefix.row] for prefix in prefixes]
+    tokens = [row.tokens if isinstance(row, LogitRow) else row for row in rows]
+    length = max((prefix.positions for prefix in prefixes), default=1)
+    input_ids_BL = np.zeros((max(len(prefixes), 1), length), np.int64)
+    valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
+    next_ids = [np.zeros(0, np.int64)]
+    for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):
+        input_ids_BL[i, : prefix.positions] = row.input_ids_T[: prefix.positions]
+        valid_BL[i, : prefix.positions] = True
+        next_ids.append(row.input_ids_T[1 : prefix.positions + 1].astype(np.int64))
+    return MicroBatch(
+        torch.from_numpy(input_ids_BL),
+        torch.from_numpy(valid_BL),
+        torch.from_numpy(np.concatenate(next_ids)),
+        _targets(store, rows, prefixes, temperature) if isinstance(store, LogitStore) else None,
+    )
+
+
+def _targets(
+    store: LogitStore, rows: Sequence[LogitRow], prefixes: Sequence[Prefix], temperature: float
+) -> SparseTargets:
+    k, temperatures = store.manifest["k"], store.manifest["temperatures"]
+    parts = [(row.targets, prefix.positions) for row, prefix in zip(rows, prefixes, strict=True)]
+
+    def column(values: list[np.ndarray], *width: int) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros((0, *width), np.float32), *values]))
+
+    if temperature == 1.0:
+        partitions = [np.zeros(n, np.float32) for _, n in parts]
+    else:
+        at = temperatures.index(temperature)
+        partitions = [t.log_partition_PS[:n, at] for t, n in parts]
+    return SparseTargets(
+        column([t.head_ids_PK[:n] for t, n in parts], k).long(),
+        column([t.head_logprobs_PK[:n] for t, n in parts], k),
+        column([t.next_logprob_P[:n] for t, n in parts]),
+        column([t.tail_logmass_P[:n] for t, n in parts]),
+        column(partitions),
+    )

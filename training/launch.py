@@ -1,0 +1,62 @@
+"""`decant train`: check everything once, then let the `deepspeed` launcher start the ranks."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from logit_store.config import load_config
+from logit_store.errors import ConfigError
+from training.config import TrainConfig
+
+
+def launch(config_path: str, overrides: Sequence[str]) -> int:
+    """Check the config and its inputs, then run the ranks; their exit code.
+
+    Raises ConfigError, StoreError, StudentError before any rank is started.
+    """
+    from training.engine import free_port
+    from training.run_folder import RunFolder
+    from training.trainer import prepare
+
+    config = load_config(TrainConfig, config_path, overrides)
+    _check_not_shadowed()
+    prepared = prepare(config)
+    run = RunFolder(config.run.path)
+    run.check(config, prepared.identity)
+    if (result := run.result()) is not None:
+        print(f"{config.run.path} is finished: held-out loss {result['held_out']['loss']:.4f}")
+        return 0
+    for warning in prepared.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    ranks = config.launcher.ranks
+    command = [
+        *(sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())),
+        *(("--num_accelerators", str(ranks)) if ranks is not None else ()),
+        *("--quiet", "--log_level", "error"),
+        *("--module", "training", "train", config_path, *overrides),
+    ]
+    code = subprocess.run(command, env=_environment(ranks), check=False).returncode
+    if code == 0 and (result := run.result()) is not None:
+        print(
+            f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
+            f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
+        )
+    return code
+
+
+def _environment(ranks: int | None) -> dict[str, str]:
+    """The launcher leaves OMP_NUM_THREADS unset, and every rank would take every core."""
+    threads = max(1, (os.cpu_count() or 1) // (ranks or 1))
+    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+
+
+def _check_not_shadowed() -> None:
+    """`-m training` looks into the current folder first: refuse a `training` there that is not ours."""
+    here = Path.cwd() / "training"
+    spec = importlib.util.find_spec("training")
+    ours = Path(spec.origin).parent if spec and spec.origin else None
+    if (here.is_dir() or here.with_suffix(".py").exists()) and ours is not None and here.resolve() != ours.resolve():
+        raise ConfigError(f"{here} would be started in place of decant's own `training`: run from another folder")

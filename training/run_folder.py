@@ -1,0 +1,112 @@
+"""The directory of a run: its resolved config, metrics, the pointer to its checkpoint, its result."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from logit_store.config import dump_config
+from logit_store.errors import IdentityError, StudentError
+from logit_store.identity import require_equal
+from training.config import TrainConfig
+
+CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.json", "result.json"
+
+
+class RunFolder:
+    """Files of one run. Small files are replaced atomically; only rank 0 writes."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.model = self.path / "model"
+        self.checkpoints = self.path / "checkpoints"
+        self.tensorboard = self.path / "tensorboard"
+
+    def check(self, config: TrainConfig, identity: dict[str, Any]) -> None:
+        """Refuse a directory that holds another run or something else. Writes nothing. Raises IdentityError."""
+        if not (self.path / CONFIG).exists():
+            if self.path.exists() and any(self.path.iterdir()):
+                raise IdentityError(f"{self.path} is not empty and holds no run: choose another run.path")
+            return
+        saved = yaml.safe_load((self.path / CONFIG).read_text())
+        remedy = "Choose another run.path, or delete that directory if it is not wanted"
+        require_equal(_decisive(saved), _decisive(_document(config, identity)), str(self.path), remedy)
+
+    def begin(self, config: TrainConfig, identity: dict[str, Any]) -> None:
+        """Save the resolved config. Raises StudentError when the directory cannot be written."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._replace(CONFIG, yaml.safe_dump(_document(config, identity), sort_keys=False))
+        except OSError as error:
+            raise StudentError(f"cannot write run.path {self.path}: {error.strerror}") from error
+
+    def result(self) -> dict[str, Any] | None:
+        """The figures of a finished run; None while it is not."""
+        return self._read(RESULT)
+
+    def save_result(self, result: dict[str, Any]) -> None:
+        """Mark the run finished, and drop its checkpoints: the model is saved."""
+        self._replace(RESULT, json.dumps(result, indent=1))
+        (self.path / POINTER).unlink(missing_ok=True)
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """Tag and cursor of the newest complete checkpoint."""
+        return self._read(POINTER)
+
+    def point_to(self, tag: str, cursor: dict[str, int]) -> None:
+        """Make ``tag`` the checkpoint to resume from, then remove older ones."""
+        self._replace(POINTER, json.dumps({"tag": tag, "cursor": cursor}))
+        for folder in self.checkpoints.iterdir():
+            if folder.is_dir() and folder.name != tag:
+                shutil.rmtree(folder)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Append a line of metrics."""
+        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics."""
+        path = self.path / METRICS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def rewind(self, step: int) -> None:
+        """Drop metrics of steps after ``step``: a resumed run takes them again."""
+        path = self.path / METRICS
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if _step_of(line) <= step]
+        self._replace(METRICS, "".join(line + "\n" for line in kept))
+
+    def _read(self, name: str) -> dict[str, Any] | None:
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _replace(self, name: str, text: str) -> None:
+        temporary = self.path / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, self.path / name)
+
+
+def _document(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
+    return {**yaml.safe_load(dump_config(config)), "identity": identity}
+
+
+def _decisive(document: dict[str, Any]) -> dict[str, Any]:
+    """The parts that decide the run's numbers, flat; where it lives and how it is launched do not."""
+    flat: dict[str, Any] = {}
+    for section, value in document.items():
+        if section not in ("launcher", "checkpoint"):
+            flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
+    flat.pop("run.path", None)
+    return flat
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:  # the line that a kill cut in two
+        return float("inf")

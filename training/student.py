@@ -1,0 +1,142 @@
+"""The student: a causal language model of transformers, with its loss inside the module that DeepSpeed owns."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from logit_store.errors import StudentError
+from training.config import LossConfig, StudentConfig
+from training.data import MicroBatch
+from training.losses import LossSums, SparseTargets, chunked_losses, default_chunk_positions, position_losses
+
+
+class Predictions(NamedTuple):
+    """What evaluation needs of N positions."""
+
+    ce_N: Tensor
+    top_id_N: Tensor
+    top_probability_N: Tensor
+
+
+class Student(nn.Module):
+    """A model and its loss. ``forward`` gives loss sums: inside one module, ZeRO-3 gathers the head for it."""
+
+    def __init__(self, model: Any, vocabulary_size: int, loss: LossConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.vocabulary_size, self.loss = vocabulary_size, loss
+        self.chunk = loss.chunk_positions or default_chunk_positions(model.config.get_text_config().vocab_size)
+
+    def forward(self, batch: MicroBatch) -> LossSums | Predictions:
+        """Loss sums of a micro-batch; its predictions in eval mode."""
+        hidden_ND = self._hidden(batch)
+        if self.training:
+            return chunked_losses(self._head, hidden_ND, batch.next_ids_N, batch.targets, self.chunk, self._losses)
+        parts = [
+            self._predict(self._head(hidden), ids)
+            for hidden, ids in zip(hidden_ND.split(self.chunk), batch.next_ids_N.split(self.chunk), strict=True)
+        ]
+        return Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+
+    def _hidden(self, batch: MicroBatch) -> Tensor:
+        output = self.model.get_decoder()(input_ids=batch.input_ids_BL, use_cache=False)
+        return output.last_hidden_state[batch.valid_BL]
+
+    def _head(self, hidden_ND: Tensor) -> Tensor:
+        return self.model.get_output_embeddings()(hidden_ND)
+
+    def _losses(self, logits_NW: Tensor, next_ids_N: Tensor, targets: SparseTargets | None) -> LossSums:
+        loss = self.loss
+        return position_losses(
+            logits_NW, next_ids_N, targets, self.vocabulary_size, loss.alpha, loss.temperature, loss.tail
+        )
+
+    def _predict(self, logits_NW: Tensor, next_ids_N: Tensor) -> Predictions:
+        log_q_NV = logits_NW[:, : self.vocabulary_size].float().log_softmax(-1)
+        top_N, ids_N = log_q_NV.max(-1)
+        return Predictions(-log_q_NV.gather(-1, next_ids_N[:, None])[:, 0], ids_N, top_N.exp())
+
+
+def build_student(config: StudentConfig, vocabulary_size: int, longest: int, seed: int) -> Any:
+    """The model in float32: loaded, or new with weights decided by ``seed``.
+
+    Raises StudentError: it cannot be loaded, its head is narrower than the vocabulary or its context
+    shorter than ``longest`` positions, or its head does more than one matrix product.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    try:
+        if config.model is not None:
+            model = AutoModelForCausalLM.from_pretrained(config.model, revision=config.revision, dtype=torch.float32)
+        else:
+            fields = {"vocab_size": vocabulary_size, **(config.config or {})}
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields), dtype=torch.float32)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StudentError(f"the student cannot be built: {' '.join(str(error).split())}") from error
+    text_config = model.config.get_text_config()
+    if text_config.vocab_size < vocabulary_size:
+        raise StudentError(
+            f"the student has {text_config.vocab_size} token rows and the store's vocabulary {vocabulary_size}: "
+            f"it needs at least as many (student.config.vocab_size={vocabulary_size})"
+        )
+    context = getattr(text_config, "max_position_embeddings", None)
+    if context is not None and context < longest:
+        raise StudentError(f"the student's context is {context}, but sequences of {longest} positions are trained")
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    _check_plain_head(model)
+    return model
+
+
+@torch.no_grad()
+def _check_plain_head(model: Any) -> None:
+    """Refuse a model whose logits are more than its output embedding applied to its decoder's last state."""
+    training = model.training
+    model.eval()
+    ids_1T = torch.arange(4)[None]
+    own = model(input_ids=ids_1T, use_cache=False).logits
+    plain = model.get_output_embeddings()(model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state)
+    model.train(training)
+    if not torch.allclose(own, plain, rtol=1e-4, atol=1e-4):
+        raise StudentError(
+            f"{type(model).__name__} does more to its logits than one matrix product (soft-capping or a scale): "
+            "such students are not supported yet"
+        )
+
+
+def check_tokenizer(config: StudentConfig, store_tokenizer: dict[str, Any]) -> list[str]:
+    """Compare the student's own tokenizer with the store's; warnings, one per part that differs harmlessly.
+
+    A new student has none of its own. Raises StudentError where an id stands for another token.
+    """
+    if config.model is None:
+        return []
+    from transformers import AutoTokenizer
+
+    from logit_store.vocabulary import describe_tokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise StudentError(f"no tokenizer beside student.model {config.model!r}: {error}") from error
+    own = describe_tokenizer(tokenizer, config.model)
+    if own["vocabulary_sha256"] != store_tokenizer["vocabulary_sha256"]:
+        raise StudentError(
+            f"the tokenizer of student {config.model!r} and that of the store ({store_tokenizer['name']!r}) give "
+            "different ids to tokens: labels would be for other tokens. Use a student with the store's tokenizer, "
+            "or make a store with the student's"
+        )
+    stored = store_tokenizer["parts_sha256"]
+    return [part for part, sha256 in own["parts_sha256"].items() if stored.get(part) != sha256]
+
+
+def save_tokenizer(files: dict[str, bytes], folder: Path) -> None:
+    """Write a store's tokenizer files into a model directory."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data in files.items():
+        (folder / name.removeprefix("tokenizer/")).write_bytes(data)

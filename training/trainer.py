@@ -1,0 +1,212 @@
+"""One rank of `decant train`: check, build, step until the tokens are spent, evaluate, save."""
+
+import os
+import time
+from typing import Any, NamedTuple
+
+import torch
+
+from logit_store import LogitStore, TokenStore, open_store
+from logit_store.errors import ConfigError, StoreError, StudentError
+from training.batches import BatchPlan, Cursor, Prefix, micro_batches
+from training.config import TrainConfig
+from training.data import collate
+from training.engine import Engine, deepspeed_config, init_process_group
+from training.evaluation import evaluate, held_out_prefixes
+from training.run_folder import RunFolder
+from training.schedules import learning_rate
+from training.student import Student, build_student, check_tokenizer, save_tokenizer
+
+
+class Prepared(NamedTuple):
+    """A run whose inputs have been looked at: nothing in it can be wrong any more that costs no model to see."""
+
+    config: TrainConfig
+    store: LogitStore | TokenStore
+    plan: BatchPlan
+    held_out: list[Prefix]
+    longest: int
+    identity: dict[str, Any]
+    engine_config: dict[str, Any]
+    warnings: list[str]
+
+
+def prepare(config: TrainConfig) -> Prepared:
+    """Open the store and check everything against everything; nothing is written, no model is loaded.
+
+    Raises ConfigError, StoreError, StudentError.
+    """
+    store = open_store(config.data.store)
+    _check_loss(config, store)
+    engine_config = deepspeed_config(config)
+    rows_N = store.rows("train")
+    schedule = config.schedule
+    plan = BatchPlan(rows_N, store.lengths_N[rows_N], schedule.tokens_per_step, config.run.seed, config.curriculum)
+    if not len(plan.rows_N):
+        raise StoreError(f"{config.data.store} has no rows to train on: all are held out, or of one token")
+    longest = int(plan.positions_N.max())
+    longest = min(longest, config.curriculum.max_difficulty) if config.curriculum else longest
+    if schedule.tokens_per_step < longest:
+        raise ConfigError(
+            f"schedule.tokens_per_step {schedule.tokens_per_step} is less than the longest sequence, {longest} positions"
+        )
+    held_out = held_out_prefixes(store, config.evaluation.max_rows)
+    if not held_out:
+        raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
+    differing = check_tokenizer(config.student, store.manifest["tokenizer"])
+    warnings = [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
+    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id")}
+    return Prepared(config, store, plan, held_out, longest, identity, engine_config, warnings)
+
+
+def _check_loss(config: TrainConfig, store: LogitStore | TokenStore) -> None:
+    temperature = config.loss.temperature
+    if config.loss.alpha == 0:
+        return
+    if not isinstance(store, LogitStore):
+        raise StoreError(
+            f"{config.data.store} holds tokens without labels: set loss.alpha=0, or make a logit store (`decant cache`)"
+        )
+    stored = [1.0, *store.manifest["temperatures"]]
+    if temperature not in stored:
+        raise ConfigError(
+            f"loss.temperature {temperature}: the store serves {stored}. Cache again with "
+            f"targets.temperatures=[{temperature}], or choose one of these"
+        )
+
+
+def train(config: TrainConfig) -> None:
+    """Run this rank to the end. Another run of the same config goes on from its newest checkpoint.
+
+    Raises ConfigError, StoreError, StudentError.
+    """
+    prepared = prepare(config)
+    run = RunFolder(config.run.path)
+    run.check(config, prepared.identity)
+    if run.result() is not None:
+        return
+    vocabulary_size = int(prepared.store.manifest["vocabulary_size"])
+    longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
+    model = build_student(config.student, vocabulary_size, longest, config.run.seed)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    init_process_group()
+    rank = torch.distributed.get_rank()
+    if rank == 0:
+        run.begin(config, prepared.identity)
+    engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
+    cursor = _resume(run, engine, rank)
+    started, tokens_before = time.monotonic(), cursor.tokens_seen
+    cursor = _train_steps(prepared, run, engine, cursor, rank)
+    seconds = time.monotonic() - started
+    figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
+    with engine.whole_weights():
+        if rank == 0:
+            engine.module.model.save_pretrained(run.model)
+    if rank == 0:
+        save_tokenizer(prepared.store.files(), run.model)
+        progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
+        rate = (cursor.tokens_seen - tokens_before) / seconds
+        run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
+        run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
+    pointer = run.checkpoint()
+    cursor = Cursor(**pointer["cursor"]) if pointer else Cursor()
+    if pointer:
+        engine.load(run.checkpoints, pointer["tag"])
+    if rank == 0:
+        run.rewind(cursor.step)
+    torch.distributed.barrier()
+    return cursor
+
+
+def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int) -> Cursor:
+    config, schedule = prepared.config, prepared.config.schedule
+    engine.module.train()
+    with _Watcher(run, config, cursor, rank) as watch:
+        while cursor.tokens_seen < schedule.total_tokens:
+            before = cursor
+            prefixes, length, cursor = prepared.plan.next(cursor)
+            groups = micro_batches(prefixes, engine.world_size, schedule.micro_batch_tokens)[rank]
+            batches = [collate(prepared.store, group, config.loss.temperature) for group in groups]
+            # A pure function of seed, step and rank: a resumed run needs no saved generator state.
+            torch.manual_seed(hash((config.run.seed, cursor.step, rank)))
+            rate = learning_rate(schedule, cursor.tokens_seen)
+            terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
+            watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
+            if not all(map(_is_finite, terms.values())):
+                rows = [prefix.row for prefix in prefixes]
+                raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
+            if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
+                budget = schedule.micro_batch_tokens
+                watch.evaluation(cursor, evaluate(engine, prepared.store, prepared.held_out, budget, rank))
+            if _crossed(config.checkpoint.every_tokens, before, cursor):
+                engine.save(run.checkpoints, f"step{cursor.step}")
+                if rank == 0:
+                    run.point_to(f"step{cursor.step}", cursor._asdict())
+    return cursor
+
+
+def _crossed(every: int | None, before: Cursor, after: Cursor) -> bool:
+    return every is not None and before.tokens_seen // every != after.tokens_seen // every
+
+
+def _is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+class _Watcher:
+    """What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar. Does nothing on other ranks."""
+
+    def __init__(self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int) -> None:
+        self.run, self.config, self.rank = run, config, rank
+        self.cursor, self.time = cursor, time.monotonic()
+
+    def __enter__(self) -> "_Watcher":
+        if self.rank == 0:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.cursor.step + 1)
+            console = Console(stderr=True)
+            columns = (TextColumn("train {task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
+            self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
+            total = self.config.schedule.total_tokens
+            self.task = self.bar.add_task(
+                self.run.path.name, total=total, completed=self.cursor.tokens_seen, text=""
+            )
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self.rank == 0:
+            self.bar.stop()
+            self.writer.close()
+
+    def step(self, cursor: Cursor, values: dict[str, float]) -> None:
+        if self.rank == 0:
+            now, tokens = time.monotonic(), cursor.tokens_seen - self.cursor.tokens_seen
+            values = {**values, "tokens_per_s": tokens / (now - self.time), "epoch": cursor.epoch}
+            self.cursor, self.time = cursor, now
+            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **values})
+            for name, value in values.items():
+                self.writer.add_scalar(f"train/{name}", value, cursor.step)
+            text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  {values['tokens_per_s']:,.0f} tok/s"
+            self.bar.update(self.task, completed=cursor.tokens_seen, text=text)
+
+    def evaluation(self, cursor: Cursor, figures: dict[str, float]) -> None:
+        if self.rank == 0:
+            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
+            for name, value in figures.items():
+                self.writer.add_scalar(f"held_out/{name}", value, cursor.step)
+
+
+def rank_from_environment() -> int:
+    """This process's rank before any group exists."""
+    return int(os.environ.get("RANK", "0"))
+
+
