@@ -61,18 +61,19 @@ class TransformersTeacher:
         return [Targets(*row) for row in zip(*(np.split(column, num_rows) for column in whole), strict=True)]
 
     def _hidden(self, ids_BT: Tensor) -> Tensor:
-        return self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state
+        output = self.decoder(input_ids=ids_BT, use_cache=False)
+        self.output_type = type(output)
+        hidden_BTD: Tensor = output.last_hidden_state
+        return hidden_BTD
 
     def _head(self, hidden_ND: Tensor) -> Tensor:
         """Logits of the hidden states. The model's own forward runs, with its decoder standing still: so
         soft-capping, logit scales and whatever else a model does after its head are right by construction.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
-        hidden = BaseModelOutputWithPast(last_hidden_state=hidden_ND[None])
-        with _returning(self.decoder, hidden):
-            ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
-            return self.model(input_ids=ids_1N, use_cache=False).logits[0]
+        ids_1N = torch.zeros(1, len(hidden_ND), dtype=torch.long, device=hidden_ND.device)
+        with _returning(self.decoder, self.output_type(last_hidden_state=hidden_ND[None])):
+            logits_NW: Tensor = self.model(input_ids=ids_1N, use_cache=False).logits[0]
+        return logits_NW
 
     @torch.inference_mode()
     def _probe(self) -> None:

@@ -48,9 +48,12 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
 
 
 def _environment(ranks: int | None) -> dict[str, str]:
-    """The launcher leaves OMP_NUM_THREADS unset, and every rank would take every core."""
-    threads = max(1, (os.cpu_count() or 1) // (ranks or 1))
-    return {"OMP_NUM_THREADS": str(threads), **os.environ}
+    """The launcher leaves OMP_NUM_THREADS unset, and every rank would take every core: far slower than none."""
+    import torch
+
+    threads = max(1, (os.cpu_count() or 1) // (ranks or max(1, torch.cuda.device_count())))
+    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    return {"OMP_NUM_THREADS": str(threads), **accelerator, **os.environ}
 
 
 def _check_not_shadowed() -> None:

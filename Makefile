@@ -1,0 +1,47 @@
+# make setup   an environment with everything, for this machine (CPU or NVIDIA)
+# make demo    the whole job on a small corpus, from teacher to report
+# make test    every test
+# make bench   benchmarks against plain alternatives; results in docs/benchmarks/
+# make lint    ruff, types, shell
+#
+# PYTHON=python3.12 chooses the interpreter, TORCH_INDEX=URL where CPU wheels of PyTorch come from.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: setup demo test bench lint clean
+INPUTS := pyproject.toml docker/install.sh
+
+setup: $(VENV)/.all
+
+# The demo needs no vLLM and no test tools; a minute of installing is saved.
+$(VENV)/.demo: $(INPUTS)
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' || \
+	  { echo "decant needs Python 3.11 or 3.12, and $(PYTHON) is another: make PYTHON=python3.11 ..." >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	PYTHON=$(BIN)/python bash docker/install.sh cache train report
+	touch $@
+
+$(VENV)/.all: $(VENV)/.demo
+	PYTHON=$(BIN)/python bash docker/install.sh cache vllm train report dev
+	touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/python configs/demo/run.py
+
+test: $(VENV)/.all
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.all
+	$(BIN)/python tests/bench/memory.py
+
+lint: $(VENV)/.all
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	bash -n docker/install.sh
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,211 @@
+"""`decant report`: finished runs side by side, as a table, plots and one HTML file that needs no network."""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from logit_store import LogitStore, open_store
+from logit_store.errors import StudentError
+from logit_store.summary import summarize
+from training.evaluation import held_out_prefixes, teacher_figures
+from training.run_folder import CONFIG, RunFolder
+
+
+class Run(NamedTuple):
+    """A finished run."""
+
+    name: str
+    path: Path
+    config: dict[str, Any]
+    result: dict[str, Any]
+    metrics: list[dict[str, Any]]
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the soft labels; 0 is a cross-entropy twin."""
+        return float(self.config["loss"]["alpha"])
+
+
+def report(paths: Sequence[str], out: str | None) -> Path:
+    """Write ``report.html`` and PNGs, print the table; the HTML file's path.
+
+    Raises StudentError: a directory holds no finished run, or runs are of different stores.
+    """
+    runs = sorted((_load(path) for path in paths), key=lambda run: (run.result["parameters"], -run.alpha))
+    _check_one_store(runs)
+    store = open_store(runs[0].config["data"]["store"])
+    folder = Path(out) if out is not None else runs[0].path.parent / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    teacher = None
+    if isinstance(store, LogitStore):
+        teacher = teacher_figures(store, held_out_prefixes(store, runs[0].config["evaluation"]["max_rows"]))
+    rows = table_rows(runs, teacher)
+    plots = draw_plots(runs, teacher)
+    for name, png in plots.items():
+        (folder / f"{name}.png").write_bytes(png)
+    page = folder / "report.html"
+    page.write_text(_render(rows, plots, summarize(store), runs), encoding="utf-8")
+    _print_table(rows)
+    print(f"report: {page}")
+    return page
+
+
+COLUMNS = (
+    "model",
+    "parameters",
+    "loss is",
+    "tokens",
+    "held-out loss",
+    "perplexity",
+    "gap to teacher",
+    "gain over CE twin",
+    "calibration error",
+    "agreement with teacher",
+    "tokens/s",
+)
+
+
+def table_rows(runs: Sequence[Run], teacher: dict[str, float] | None) -> list[dict[str, str]]:
+    """One row of text per model, the teacher first. The gain is the twin's held-out loss minus the run's own."""
+    rows = []
+    if teacher is not None:
+        rows.append(_row("teacher", None, "", None, teacher, teacher, None, None))
+    for run in runs:
+        twin = next((other for other in runs if _is_twin(run, other)), None)
+        gain = twin.result["held_out"]["loss"] - run.result["held_out"]["loss"] if twin else None
+        loss = "cross-entropy" if run.alpha == 0 else f"{run.alpha:g} KD ({run.config['loss']['tail']})"
+        result = run.result
+        rows.append(
+            _row(run.name, result["parameters"], loss, result["tokens"], result["held_out"], teacher, gain,
+                 result["tokens_per_s"])  # fmt: skip
+        )
+    return rows
+
+
+def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_out: dict[str, float],
+         teacher: dict[str, float] | None, gain: float | None, rate: float | None) -> dict[str, str]:  # fmt: skip
+    def number(value: float | None, pattern: str) -> str:
+        return "" if value is None or value != value else format(value, pattern)
+
+    cells = (
+        name,
+        number(parameters, ",d"),
+        loss,
+        number(tokens, ",d"),
+        number(held_out["loss"], ".4f"),
+        number(held_out["perplexity"], ".1f"),
+        number(held_out["loss"] - teacher["loss"] if teacher else None, "+.4f"),
+        number(gain, "+.4f"),
+        number(held_out["calibration_error"], ".2%"),
+        number(held_out["agreement"], ".1%"),
+        number(rate, ",.0f"),
+    )
+    return dict(zip(COLUMNS, cells, strict=True))
+
+
+def _is_twin(run: Run, other: Run) -> bool:
+    """Whether ``other`` is ``run`` with cross-entropy alone: same student, seed, batches and schedule."""
+    same = ("student", "schedule", "curriculum", "optimizer", "data")
+    return (
+        run.alpha > 0 == other.alpha
+        and all(run.config[section] == other.config[section] for section in same)
+        and run.config["run"]["seed"] == other.config["run"]["seed"]
+    )
+
+
+def draw_plots(runs: Sequence[Run], teacher: dict[str, float] | None) -> dict[str, bytes]:
+    """PNG bytes by name: loss over tokens, sequence length over steps, held-out loss over student size."""
+    from matplotlib.figure import Figure
+
+    figures = {}
+    sizes = sorted({run.result["parameters"] for run in runs})
+    colours = {size: f"C{i}" for i, size in enumerate(sizes)}
+
+    def axes(name: str, title: str, xlabel: str, ylabel: str) -> Any:
+        figures[name] = Figure(figsize=(7, 4.2), layout="constrained")
+        axis = figures[name].add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+        axis.grid(alpha=0.3)
+        return axis
+
+    loss = axes("loss", "Cross-entropy on the training batches", "tokens seen", "nats per token")
+    length = axes("sequence_length", "Length curriculum", "step", "positions per sequence")
+    for run in runs:
+        steps = [line for line in run.metrics if "ce" in line]
+        style = "--" if run.alpha == 0 else "-"
+        colour = colours[run.result["parameters"]]
+        smooth = _smooth([line["ce"] for line in steps])
+        loss.plot([line["tokens_seen"] for line in steps], smooth, style, color=colour, label=run.name, lw=1.2)
+        length.plot([s["step"] for s in steps], [s["sequence_length"] for s in steps], style, color=colour,
+                    label=run.name, lw=1.2)  # fmt: skip
+    size = axes("size", "Held-out loss over student size", "parameters", "nats per token")
+    for label, chosen, style in (
+        ("cross-entropy", [run for run in runs if run.alpha == 0], "s--"),
+        ("distilled", [run for run in runs if run.alpha > 0], "o-"),
+    ):
+        if chosen:
+            size.plot([r.result["parameters"] for r in chosen], [r.result["held_out"]["loss"] for r in chosen],
+                      style, label=label)  # fmt: skip
+    if teacher is not None:
+        size.axhline(teacher["loss"], color="grey", ls=":", label="teacher")
+    size.set_xscale("log")
+    for figure in figures.values():
+        figure.axes[0].legend(fontsize=8)
+    return {name: _png(figure) for name, figure in figures.items()}
+
+
+def _smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Exponential moving average, started at the first value."""
+    smooth: list[float] = []
+    for value in values:
+        smooth.append(value if not smooth else weight * smooth[-1] + (1 - weight) * value)
+    return smooth
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
+
+
+def _load(path: str) -> Run:
+    folder = RunFolder(path)
+    result = folder.result()
+    if result is None:
+        state = "is not finished: run its `decant train` again" if (folder.path / CONFIG).exists() else "holds no run"
+        raise StudentError(f"{path} {state}")
+    config = yaml.safe_load((folder.path / CONFIG).read_text())
+    return Run(folder.path.name, folder.path, config, result, folder.metrics())
+
+
+def _check_one_store(runs: Sequence[Run]) -> None:
+    texts = {run.config["identity"]["text_id"]: run.name for run in runs}
+    if len(texts) > 1:
+        raise StudentError(f"runs {', '.join(texts.values())} are of different text and cannot be compared")
+
+
+def _render(rows: list[dict[str, str]], plots: dict[str, bytes], store: dict[str, Any], runs: Sequence[Run]) -> str:
+    from jinja2 import Environment
+
+    template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
+    images = {name: base64.b64encode(png).decode() for name, png in plots.items()}
+    configs = {run.name: yaml.safe_dump(run.config, sort_keys=False) for run in runs}
+    shown = {key: value for key, value in store.items() if not isinstance(value, dict)}
+    return template.render(columns=COLUMNS, rows=rows, images=images, store=shown, configs=configs)
+
+
+def _print_table(rows: list[dict[str, str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table()
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in ("model", "loss is") else "right")
+    for row in rows:
+        table.add_row(*row.values())
+    console = Console()
+    console.width = max(console.width, 150) if not console.is_terminal else console.width
+    console.print(table)
