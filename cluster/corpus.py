@@ -79,7 +79,7 @@ def _load_or_explain(path: str, name: str | None, **options: Any) -> Any:
         raise CorpusError(f"the corpus cannot be read as {path}: {type(cause).__name__}: {cause}") from error
     except (ValueError, OSError) as error:
         raise CorpusError(f"the corpus cannot be read as {path}: {' '.join(str(error).split())}") from error
-    except IndexError as error:  # what `datasets` raises for files without a single row
+    except (IndexError, StopIteration) as error:  # what `datasets` raises for files without a single row
         raise CorpusError("the corpus is empty: it holds no documents") from error
 
 
@@ -94,7 +94,9 @@ def _snapshot(source: SourceConfig) -> str:
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise CorpusError(f"dataset {source.dataset!r} cannot be fetched from the Hub or its cache: {reason}") from error
+        raise CorpusError(
+            f"dataset {source.dataset!r} cannot be fetched from the Hub or its cache: {reason}"
+        ) from error
 
 
 def _expand(patterns: list[str]) -> list[str]:

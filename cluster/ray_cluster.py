@@ -1,4 +1,7 @@
-"""Everything that touches Ray: start or join a cluster, run tasks, run a pool of workers. Only this file imports ray."""
+"""Everything that touches Ray: start or join a cluster, run tasks, run a pool of workers.
+
+Only this file imports ray.
+"""
 
 import importlib.util
 import os
@@ -40,7 +43,9 @@ def session(config: ClusterConfig) -> Iterator[None]:
         try:
             ray.init(address=config.address, runtime_env={"py_modules": _own_packages()}, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"no Ray cluster answers at {config.address!r}: {' '.join(str(error).split())}") from error
+            raise ConfigError(
+                f"no Ray cluster answers at {config.address!r}: {' '.join(str(error).split())}"
+            ) from error
         folder = None
     else:
         wanted, cores = config.workers * config.cpus_per_worker, os.cpu_count() or 1

@@ -20,7 +20,9 @@ def submit_line(verb: str, config_path: str, overrides: list[str], config: Cache
     changed = [f"{key}={Path(value).absolute()}" for key, value in absolute.items() if _is_relative_local(key, value)]
     files = config.tokens.source.files
     if verb == "tokenize" and config.tokens.source.dataset is None and any("://" not in f for f in files):
-        changed.append(f"tokens.source.files={json.dumps([f if '://' in f else str(Path(f).absolute()) for f in files])}")
+        changed.append(
+            f"tokens.source.files={json.dumps([f if '://' in f else str(Path(f).absolute()) for f in files])}"
+        )
     kept = [o for o in overrides if o.split("=")[0] not in {c.split("=")[0] for c in changed}]
     return f"ray job submit --working-dir . -- python -m cluster {shlex.join([verb, config_path, *kept, *changed])}"
 
@@ -41,4 +43,3 @@ def check_job_paths(config: CacheConfig, verb: str) -> None:
 def _is_relative_local(key: str, value: str) -> bool:
     is_input = key in ("tokens.tokenizer", "teacher.model")  # may be a Hub id: relative only if it is there
     return "://" not in value and not Path(value).is_absolute() and (not is_input or Path(value).exists())
-

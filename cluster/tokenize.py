@@ -57,7 +57,9 @@ def document_rows(texts: list[str], tokenizer: Any, window: int, held_out: float
     """
     for text in texts:
         if text is not None and not isinstance(text, str):
-            raise CorpusError(f"a document's text is {type(text).__name__}, not a string: set tokens.source.text_column")
+            raise CorpusError(
+                f"a document's text is {type(text).__name__}, not a string: set tokens.source.text_column"
+            )
     texts = [text for text in texts if text]
     if not texts:
         return []
@@ -126,5 +128,3 @@ def _index(storage: Storage, records: dict[int, writer.Record]) -> bytes:
             lengths += [len(row.input_ids_T) for row in rows]
             splits += [SPLITS.index(row.split) for row in rows]
     return encode_index(np.asarray(lengths, np.int32), np.asarray(splits, np.int8))
-
-

@@ -109,8 +109,8 @@ def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[
 def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
     """Within the block, ``module`` computes nothing and returns ``output``."""
     original = module.forward
-    module.forward = lambda *_args, **_kwargs: output  # type: ignore[method-assign]
+    module.forward = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
-        module.forward = original  # type: ignore[method-assign]
+        module.forward = original

@@ -6,9 +6,9 @@
 # CUDA base would ship a second copy of several gigabytes, in a version of its own. The host gives the driver.
 FROM python:3.11.15-slim-bookworm
 
-# Triton compiles a small C launcher per kernel when vLLM starts. There is no nvcc here: FlashInfer compiles with it, and
-# the sampler below is its only use on GPUs up to Hopper. Newer ones, whose attention FlashInfer also builds, need the
-# Debian packages of a CUDA toolkit on top of this image.
+# Triton compiles a small C launcher per kernel when vLLM starts. There is no nvcc: FlashInfer compiles with it, and up
+# to Hopper a dense model uses FlashInfer for sampling alone, which is switched off below. Where it builds attention
+# too (Blackwell), a CUDA toolkit is needed on top of this image.
 # hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
@@ -54,7 +54,7 @@ RUN python -m pip install --quiet --no-cache-dir --no-deps --no-build-isolation 
     && mkdir --parents runs /cache/huggingface \
     && chown --recursive decant:decant runs /cache
 
-# Without an entry point of its own the image takes any command: `ray start …`, `decant cache CONFIG`,
+# Without an entry point of its own the image takes any command: `ray start`, `decant cache CONFIG`,
 # `python -m cluster cache CONFIG`.
 # The user is a number because Kubernetes checks runAsNonRoot against nothing else.
 USER 1000

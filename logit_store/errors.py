@@ -1,15 +1,15 @@
 """The exception tree. The command line turns every ``DecantError`` into one line and exit code 2.
 
-    DecantError
-    ├── ConfigError          a config or an option is wrong; nothing was started
-    ├── CorpusError          the documents cannot be found or read, or there are none
-    ├── TeacherError         the teacher cannot give what was asked of it
-    ├── StudentError         the student, its checkpoint or its launcher cannot go on
-    └── StoreError           something about a store's directory
-        ├── NotFinishedError     it has no manifest yet
-        ├── FormatError          it is not ours, or of another format version
-        ├── CorruptError         bytes that do not match their checksum
-        └── IdentityError        it was made from something else
+DecantError
+├── ConfigError          a config or an option is wrong; nothing was started
+├── CorpusError          the documents cannot be found or read, or there are none
+├── TeacherError         the teacher cannot give what was asked of it
+├── StudentError         the student, its checkpoint or its launcher cannot go on
+└── StoreError           something about a store's directory
+    ├── NotFinishedError     it has no manifest yet
+    ├── FormatError          it is not ours, or of another format version
+    ├── CorruptError         bytes that do not match their checksum
+    └── IdentityError        it was made from something else
 """
 
 

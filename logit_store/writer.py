@@ -53,9 +53,7 @@ def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow]) -> Rec
     return _commit(storage, shard, data, rows_per_batch, [row.input_ids_T for row in rows], {})
 
 
-def commit_logits(
-    storage: Storage, shard: int, rows: Sequence[LogitRow], logprob_dtype: str, labels_id: str
-) -> Record:
+def commit_logits(storage: Storage, shard: int, rows: Sequence[LogitRow], logprob_dtype: str, labels_id: str) -> Record:
     """Encode and commit a logit shard; the record that stands, whoever wrote it."""
     data, rows_per_batch = encode_logits(rows, logprob_dtype, {"decant.labels_id": labels_id})
     kept_mass = sum(float(-np.expm1(row.targets.tail_logmass_P.astype(np.float64)).sum()) for row in rows)

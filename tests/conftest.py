@@ -24,7 +24,18 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def corpus(shared: Path) -> Path:
     """Some modules of the standard library, one per line."""
     folder = Path(json.__file__).parents[1]
-    names = ["json/decoder", "json/encoder", "bisect", "heapq", "queue", "sched", "shelve", "stat", "struct", "tabnanny"]
+    names = [
+        "json/decoder",
+        "json/encoder",
+        "bisect",
+        "heapq",
+        "queue",
+        "sched",
+        "shelve",
+        "stat",
+        "struct",
+        "tabnanny",
+    ]
     names += ["textwrap", "this", "timeit", "token", "types", "wave", "copy", "glob", "graphlib", "keyword"]
     path = shared / "corpus.jsonl"
     texts = [(folder / f"{name}.py").read_text(encoding="utf-8")[:6000] for name in names]

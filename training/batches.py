@@ -1,6 +1,7 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -75,15 +76,16 @@ class BatchPlan:
 def micro_batches(prefixes: Sequence[Prefix], num_ranks: int, micro_batch_tokens: int) -> list[list[list[Prefix]]]:
     """Deal a step's prefixes: for each rank the same number of micro-batches, some perhaps empty.
 
-    Prefixes are sorted by length and split into as few groups as keep each within ``micro_batch_tokens``
-    when padded to its longest (a single prefix may exceed it), a multiple of ``num_ranks`` of them, so
-    that padding is small and ranks carry about the same load.
+    Prefixes are sorted by length and split into as few groups of about equal numbers of positions as keep
+    each within ``micro_batch_tokens`` when padded to its longest (a single prefix may exceed it), a multiple
+    of ``num_ranks`` of them, so that padding is small and ranks carry about the same load.
     """
     ordered = sorted(prefixes, key=lambda prefix: (-prefix.positions, prefix.row))
+    ends = np.cumsum([0] + [prefix.positions for prefix in ordered])
     count = num_ranks
     while True:
-        bounds = [len(ordered) * i // count for i in range(count + 1)]
-        groups = [ordered[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+        bounds = np.searchsorted(ends, [ends[-1] * i / count for i in range(count)]).tolist()
+        groups = [ordered[a:b] for a, b in pairwise([*bounds, len(ordered)])]
         if all(len(group) <= 1 or len(group) * group[0].positions <= micro_batch_tokens for group in groups):
             return [groups[rank::num_ranks] for rank in range(num_ranks)]
         count += num_ranks

@@ -33,8 +33,13 @@ class MicroBatch(NamedTuple):
 
 def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0) -> MicroBatch:
     """Read and pad the prefixes. No prefixes give one padded position without loss, so that every rank runs."""
-    rows = [store[prefix.row] for prefix in prefixes]
-    tokens = [row.tokens if isinstance(row, LogitRow) else row for row in rows]
+    targets = None
+    if isinstance(store, LogitStore):
+        rows = [store[prefix.row] for prefix in prefixes]
+        tokens = [row.tokens for row in rows]
+        targets = _targets(store, rows, prefixes, temperature)
+    else:
+        tokens = [store[prefix.row] for prefix in prefixes]
     length = max((prefix.positions for prefix in prefixes), default=1)
     input_ids_BL = np.zeros((max(len(prefixes), 1), length), np.int64)
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
@@ -47,7 +52,7 @@ def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperat
         torch.from_numpy(input_ids_BL),
         torch.from_numpy(valid_BL),
         torch.from_numpy(np.concatenate(next_ids)),
-        _targets(store, rows, prefixes, temperature) if isinstance(store, LogitStore) else None,
+        targets,
     )
 
 

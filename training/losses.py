@@ -131,13 +131,13 @@ def default_chunk_positions(width: int) -> int:
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """p log(p/q), elementwise; 0 where p is 0."""
+    """P log(p/q), elementwise; 0 where p is 0."""
     present = log_p > -torch.inf
     return torch.where(present, log_p.exp() * (torch.where(present, log_p, 0.0) - log_q), 0.0)
 
 
 def _outside_logmass(targets: SparseTargets, log_p_NK: Tensor, next_in_head_NK: Tensor, temperature: float) -> Tensor:
-    """log r at the temperature: from the exact tail at T = 1, as what the head leaves of one otherwise."""
+    """Log r at the temperature: from the exact tail at T = 1, as what the head leaves of one otherwise."""
     if temperature == 1.0:
         next_outside_N = torch.where(next_in_head_NK.any(-1), -torch.inf, targets.next_logprob_N.to(log_p_NK.dtype))
         return torch.logaddexp(targets.tail_logmass_N.to(log_p_NK.dtype), next_outside_N)

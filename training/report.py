@@ -80,8 +80,16 @@ def table_rows(runs: Sequence[Run], teacher: dict[str, float] | None) -> list[di
         loss = "cross-entropy" if run.alpha == 0 else f"{run.alpha:g} KD ({run.config['loss']['tail']})"
         result = run.result
         rows.append(
-            _row(run.name, result["parameters"], loss, result["tokens"], result["held_out"], teacher, gain,
-                 result["tokens_per_s"])  # fmt: skip
+            _row(
+                run.name,
+                result["parameters"],
+                loss,
+                result["tokens"],
+                result["held_out"],
+                teacher,
+                gain,
+                result["tokens_per_s"],
+            )
         )
     return rows
 

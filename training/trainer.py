@@ -48,7 +48,8 @@ def prepare(config: TrainConfig) -> Prepared:
     longest = min(longest, config.curriculum.max_difficulty) if config.curriculum else longest
     if schedule.tokens_per_step < longest:
         raise ConfigError(
-            f"schedule.tokens_per_step {schedule.tokens_per_step} is less than the longest sequence, {longest} positions"
+            f"schedule.tokens_per_step {schedule.tokens_per_step} is less than the longest sequence, "
+            f"{longest} positions"
         )
     held_out = held_out_prefixes(store, config.evaluation.max_rows)
     if not held_out:
@@ -176,9 +177,7 @@ class _Watcher:
             columns = (TextColumn("train {task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
             total = self.config.schedule.total_tokens
-            self.task = self.bar.add_task(
-                self.run.path.name, total=total, completed=self.cursor.tokens_seen, text=""
-            )
+            self.task = self.bar.add_task(self.run.path.name, total=total, completed=self.cursor.tokens_seen, text="")
             self.bar.start()
         return self
 
@@ -195,7 +194,8 @@ class _Watcher:
             self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **values})
             for name, value in values.items():
                 self.writer.add_scalar(f"train/{name}", value, cursor.step)
-            text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  {values['tokens_per_s']:,.0f} tok/s"
+            text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  "
+            text += f"{values['tokens_per_s']:,.0f} tok/s"
             self.bar.update(self.task, completed=cursor.tokens_seen, text=text)
 
     def evaluation(self, cursor: Cursor, figures: dict[str, float]) -> None:
@@ -208,5 +208,3 @@ class _Watcher:
 def rank_from_environment() -> int:
     """This process's rank before any group exists."""
     return int(os.environ.get("RANK", "0"))
-
-

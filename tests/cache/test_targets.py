@@ -10,7 +10,9 @@ from cluster.targets import select_targets
 from logit_store.errors import TeacherError
 
 
-def reference(logits_NW: torch.Tensor, next_ids_N: torch.Tensor, vocabulary_size: int, k: int) -> tuple[np.ndarray, ...]:
+def reference(
+    logits_NW: torch.Tensor, next_ids_N: torch.Tensor, vocabulary_size: int, k: int
+) -> tuple[np.ndarray, ...]:
     """Dense log-probs [N, W], head ids by (probability, lower id first), exact tail mass."""
     log_p_NW = logits_NW.double().log_softmax(-1).numpy()
     head_NK = np.argsort(-log_p_NW[:, :vocabulary_size], axis=1, kind="stable")[:, :k]

@@ -1,4 +1,4 @@
-"""Position t of a stored row is the teacher's distribution for the token at t + 1: both backends, from the dense model."""
+"""Position t of a stored row is the teacher's distribution for the token at t + 1, by both backends."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -89,7 +89,11 @@ def test_heads_that_do_more_than_a_product_are_right(tmp_path: Path, kind: str) 
     sizes: dict[str, Any] = {"vocab_size": V, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     if kind != "gpt2":
         sizes |= {"intermediate_size": 32, "num_key_value_heads": 1, "head_dim": 16}
-    special = {"gemma2": {"final_logit_softcapping": 2.0}, "cohere": {"logit_scale": 0.3}, "granite": {"logits_scaling": 4.0}}
+    special = {
+        "gemma2": {"final_logit_softcapping": 2.0},
+        "cohere": {"logit_scale": 0.3},
+        "granite": {"logits_scaling": 4.0},
+    }
     config = AutoConfig.for_model(kind, **sizes, **special.get(kind, {}), initializer_range=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     ids = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)

@@ -1,0 +1,139 @@
+"""Peak memory of teacher scoring and of the student's loss at V = 151,936, beside the plain dense way.
+
+    python tests/bench/memory.py            # measures, prints a table, writes docs/benchmarks/memory.csv
+
+Each figure is the peak resident memory of a process of its own, less what it held before the work began. The
+model is small, so that what is seen is the logits.
+"""
+
+import csv
+import datetime
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+V, K, HIDDEN = 151_936, 64, 64
+RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory.csv"
+CASES = [
+    (part, way, positions)
+    for part in ("teacher", "student")
+    for way, lengths in (("chunked", (512, 1024, 2048, 4096, 8192)), ("dense", (512, 1024, 2048)))
+    for positions in lengths
+]
+
+
+def main() -> None:
+    """Measure every case in its own process."""
+    from importlib.metadata import version
+
+    machine = f"{_processor()}, {os.cpu_count()} cores"
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    today = datetime.date.today().isoformat()
+    rows = []
+    print(f"{'part':8} {'way':8} {'positions':>9} {'peak MiB':>9} {'of dense':>9}")
+    for part, way, positions in CASES:
+        done = subprocess.run(
+            [sys.executable, __file__, part, way, str(positions)], capture_output=True, text=True, check=True
+        )
+        mebibytes = float(done.stdout.split()[-1])
+        dense = positions * V * 4 / 2**20
+        print(f"{part:8} {way:8} {positions:9} {mebibytes:9.0f} {mebibytes / dense:9.2f}")
+        rows.append(
+            [part, way, V, K, positions, round(mebibytes), round(mebibytes / dense, 3), machine, versions, today]
+        )
+    with open(RESULT, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [
+                "part",
+                "way",
+                "vocabulary",
+                "k",
+                "positions",
+                "peak_mib",
+                "of_float32_logits",
+                "machine",
+                "versions",
+                "date",
+            ]
+        )
+        writer.writerows(rows)
+
+
+def measure(part: str, way: str, positions: int) -> float:
+    """Peak MiB above the start while ``part`` handles one row of so many positions ``way``."""
+    import torch
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    model = _model(positions)
+    ids_1T = torch.randint(0, V, (1, positions + 1))
+    work = {"teacher": _teacher, "student": _student}[part](model, way, ids_1T)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def _model(positions: int) -> Any:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=V, hidden_size=HIDDEN, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, max_position_embeddings=positions + 2, tie_word_embeddings=True,
+    )  # fmt: skip
+    return Qwen3ForCausalLM(config)
+
+
+def _teacher(model: Any, way: str, ids_1T: Any) -> Any:
+    import tempfile
+
+    import torch
+
+    from cluster.config import TargetsConfig, TeacherConfig
+    from cluster.transformers_teacher import TransformersTeacher
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        teacher = TransformersTeacher(Path(folder), TeacherConfig(model="", dtype="float32"), TargetsConfig(k=K), V)
+
+    def dense() -> None:
+        with torch.inference_mode():
+            log_p_TV = teacher.model(input_ids=ids_1T, use_cache=False).logits[0].log_softmax(-1)
+            log_p_TV.topk(K, dim=-1)
+
+    return dense if way == "dense" else lambda: teacher.score([ids_1T[0].numpy()])
+
+
+def _student(model: Any, way: str, ids_1T: Any) -> Any:
+    import torch
+
+    from training.config import LossConfig
+    from training.data import MicroBatch
+    from training.losses import SparseTargets
+    from training.student import Student
+
+    positions = ids_1T.shape[1] - 1
+    log_p_NK = torch.randn(positions, K).log_softmax(-1) - 0.1
+    tail_N = torch.full((positions,), -2.3522)  # log(1 − exp(−0.1))
+    head_ids_NK = torch.stack([torch.randperm(V)[:K] for _ in range(32)]).repeat(-(-positions // 32), 1)[:positions]
+    targets = SparseTargets(head_ids_NK, log_p_NK, tail_N - 5, tail_N, torch.zeros(positions))
+    valid = torch.ones(1, positions, dtype=torch.bool)
+    batch = MicroBatch(ids_1T[:, :-1], valid, ids_1T[0, 1:], targets)
+    chunk = positions if way == "dense" else None
+    student = Student(model, V, LossConfig(alpha=0.9, tail="ghost", chunk_positions=chunk))
+    return lambda: student(batch).loss.backward()
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        print(measure(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    else:
+        main()

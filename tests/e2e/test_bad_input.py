@@ -1,0 +1,239 @@
+"""Bad input: one clear line, a non-zero exit, nothing half-written."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import decant
+from tests.toy import ROOT, make_teacher, run_decant, write_yaml
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a verb that must fail; its one line."""
+
+    def run(*arguments: str) -> str:
+        assert decant.main(list(arguments)) == 2
+        lines = capsys.readouterr().err.strip().splitlines()
+        ours = [line for line in lines if line.startswith("decant ")]
+        assert len(ours) == 1, lines
+        assert "Traceback" not in "".join(lines)
+        return ours[0]
+
+    return run
+
+
+@pytest.fixture
+def cache_yaml(cache_config: dict[str, Any], tmp_path: Path) -> str:
+    """The shared tokens, and a store that does not exist yet."""
+    config = json.loads(json.dumps(cache_config))
+    config["store"]["path"] = str(tmp_path / "store")
+    return str(write_yaml(tmp_path / "cache.yaml", config))
+
+
+@pytest.fixture
+def student_yaml(cache_config: dict[str, Any], tmp_path: Path) -> str:
+    config = {
+        "run": {"path": str(tmp_path / "run")},
+        "data": {"store": cache_config["store"]["path"]},
+        "student": {"config": {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}},
+        "schedule": {"total_tokens": 1000, "tokens_per_step": 200, "lr": 0.01},
+    }
+    return str(write_yaml(tmp_path / "student.yaml", config))
+
+
+# Cache
+
+
+def test_cache_refuses_before_anything_is_written(
+    refused: Callable[..., str], cache_yaml: str, tokens: Any, tmp_path: Path, tokenizer: Path
+) -> None:
+    small = make_teacher(tmp_path / "narrow", tokenizer, vocab_size=300)
+    short = make_teacher(tmp_path / "short", tokenizer, context=48)
+    cases = {
+        "targets.k=401": "targets.k = 401 is larger than the vocabulary of 400",
+        "targets.kk=4": "unknown key 'targets.kk'; did you mean 'k'?",
+        "targets.k=four": "targets.k: input should be a valid integer",
+        "teacher.model=/nowhere": "'/nowhere' is no directory and cannot be fetched from the Hub",
+        f"teacher.model={tokenizer}": "is no model directory",
+        f"teacher.model={small}": "head has 300 rows, fewer than the tokenizer's vocabulary of 400",
+        f"teacher.model={short}": "sequences of 48 tokens, but the teacher's context is 48: tokenize again "
+        "with tokens.window <= 47",
+        "tokens.path=/nowhere": "/nowhere holds no decant store",
+        "cluster.workers=99": "cluster.workers × cluster.cpus_per_worker = 99, but this machine has",
+    }
+    for override, message in cases.items():
+        assert message in refused("cache", cache_yaml, override)
+        assert not (tmp_path / "store").exists(), override
+    assert "config file /nowhere.yaml does not exist" in refused("cache", "/nowhere.yaml")
+
+
+def test_cache_refuses_the_directory_of_another_run(
+    refused: Callable[..., str], cache_config: dict[str, Any], store: Any, shared: Path
+) -> None:
+    before = sorted(Path(store.storage.root).rglob("*"))
+    line = refused("cache", str(shared / "cache.yaml"), "targets.k=8")
+    assert "belongs to another run" in line
+    assert "labels_id" in line
+    assert '"k": 16' in line
+    assert '"k": 8' in line
+    assert sorted(Path(store.storage.root).rglob("*")) == before
+
+
+def test_a_relative_output_in_a_submitted_job_is_refused(
+    refused: Callable[..., str], cache_yaml: str, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    line = refused("cache", cache_yaml, "store.path=runs/lost")
+    assert "relative, and a job runs in a copy of the working directory that is thrown away" in line
+
+
+def test_no_cluster_at_the_address(refused: Callable[..., str], cache_yaml: str, tokens: Any) -> None:
+    assert "no Ray cluster answers at '127.0.0.1:1'" in refused("cache", cache_yaml, "--address", "127.0.0.1:1")
+
+
+# Tokenize
+
+
+def test_tokenize_refuses_before_anything_is_written(
+    refused: Callable[..., str], cache_yaml: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty.jsonl").write_text("")
+    out = f"tokens.path={tmp_path / 'out'}"
+    cases = {
+        "tokens.source.files=[/nowhere/*.jsonl]": "no file matches '/nowhere/*.jsonl'",
+        f"tokens.source.files=[{tmp_path}/empty.jsonl]": "the corpus is empty",
+        "tokens.tokenizer=/nowhere": "no tokenizer at '/nowhere'",
+        "tokens.window=1": "tokens.window: input should be greater than or equal to 2",
+    }
+    for override, message in cases.items():
+        assert message in refused("tokenize", cache_yaml, out, override)
+        assert not (tmp_path / "out").exists(), override
+
+
+# Train
+
+
+def test_train_refuses_before_anything_is_written(
+    refused: Callable[..., str], student_yaml: str, cache_config: dict[str, Any], store: Any, tmp_path: Path,
+    shared: Path,
+) -> None:  # fmt: skip
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(store.storage.root, unfinished)
+    (unfinished / "manifest.json").unlink()
+    (unfinished / "shards" / "000003.json").unlink()
+    newer = tmp_path / "newer"
+    shutil.copytree(store.storage.root, newer)
+    manifest = json.loads((newer / "manifest.json").read_text())
+    (newer / "manifest.json").write_text(json.dumps({**manifest, "format": 9}))
+    ours = tmp_path / "ds.json"
+    ours.write_text('{"train_batch_size": 8}')
+    other = tmp_path / "clip.json"
+    other.write_text('{"gradient_clipping": 2.0}')
+    cases = {
+        "loss.alhpa=1": "unknown key 'loss.alhpa'; did you mean 'alpha'?",
+        "loss.temperature=3.0": "the store serves [1.0, 2.0]. Cache again with targets.temperatures=[3.0]",
+        f"data.store={cache_config['tokens']['path']}": "holds tokens without labels: set loss.alpha=0",
+        "data.store=/nowhere": "/nowhere holds no decant store",
+        f"data.store={unfinished}": "is not finished: 7 of 8 shards are committed",
+        f"data.store={newer}": "has format 9; this version of decant reads format 0",
+        "schedule.tokens_per_step=10": "less than the longest sequence, 47 positions",
+        "deepspeed=/nowhere.json": "DeepSpeed config /nowhere.json does not exist",
+        f"deepspeed={ours}": "'train_batch_size' is decided by schedule.tokens_per_step",
+        "student.model=x": "student: give either `model`",
+    }
+    for override, message in cases.items():
+        assert message in refused("train", student_yaml, override)
+        assert not (tmp_path / "run").exists(), override
+    line = refused("train", student_yaml, f"deepspeed={other}", "optimizer.gradient_clipping=1.0")
+    assert f"gradient_clipping is in {other} and in the run's YAML" in line
+
+
+def test_a_student_with_another_tokenizer_is_refused(
+    refused: Callable[..., str], student_yaml: str, store: Any, teacher: Path, tmp_path: Path, shared: Path
+) -> None:
+    from transformers import AutoTokenizer
+
+    student = tmp_path / "student"
+    shutil.copytree(teacher, student)
+    tokenizer = AutoTokenizer.from_pretrained(student)
+    tokenizer.add_tokens(["<|other|>"])
+    tokenizer.save_pretrained(student)
+    config = json.loads(json.dumps({**_yaml(student_yaml), "student": {"model": str(student)}}))
+    path = str(write_yaml(tmp_path / "other.yaml", config))
+    line = refused("train", path)
+    assert "give different ids to tokens" in line
+    assert str(shared / "tokenizer") in line
+
+
+@pytest.mark.parametrize(("rows", "works"), [(448, True), (399, False)])
+def test_a_vocabulary_padded_differently_works_and_a_smaller_one_does_not(
+    student_yaml: str, store: Any, tmp_path: Path, rows: int, works: bool
+) -> None:
+    config = _yaml(student_yaml)
+    config["student"]["config"] |= {"vocab_size": rows, "intermediate_size": 16, "num_hidden_layers": 1}
+    done = run_decant("train", str(write_yaml(tmp_path / "padded.yaml", config)), check=False)
+    if works:
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "run" / "model" / "config.json").exists()
+    else:
+        assert done.returncode != 0
+        assert "the student has 399 token rows and the store's vocabulary 400" in done.stderr
+        assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_shard_stops_the_run_by_name(student_yaml: str, store: Any, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(store.storage.root, damaged)
+    paths = sorted((damaged / "shards").glob("*.arrow"))
+    for path in paths:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    config = _yaml(student_yaml)
+    config["student"]["config"] |= {"intermediate_size": 16, "num_hidden_layers": 1}
+    path = write_yaml(tmp_path / "damaged.yaml", config)
+    done = run_decant("train", str(path), f"data.store={damaged}", check=False)
+    assert done.returncode != 0
+    assert "is damaged: its checksum does not match" in done.stderr
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
+def test_train_and_report_refuse_other_directories(
+    refused: Callable[..., str], student_yaml: str, store: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.tex").write_text("years of work")
+    assert "is not empty and holds no run" in refused("train", student_yaml)
+    assert "holds no run" in refused("report", str(tmp_path / "run"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_no_space_left_for_the_store(cache_yaml: str, tokens: Any, tmp_path: Path) -> None:
+    """The whole command on a disk of 100 kB: one line, and what was committed stays for the next attempt."""
+    (tmp_path / "full").mkdir()
+    script = 'mount -t tmpfs -o size=100k none "$1" && { "$2" cache "$3" store.path="$1/store"; echo "exit $?"; '
+    script += 'ls "$1/store/shards"; }'
+    program = str(Path(sys.executable).parent / "decant")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path / "full"), program, cache_yaml],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "exit 2" in done.stdout, done.stderr
+    assert "no space left to write" in done.stderr
+    assert "run the same command again" in done.stderr
+    assert ".tmp" not in done.stdout
+
+
+def _yaml(path: str) -> dict[str, Any]:
+    import yaml
+
+    config: dict[str, Any] = yaml.safe_load(Path(path).read_text())
+    return config

@@ -1,0 +1,337 @@
+"""The whole chain with real Ray actors and the real launcher, killed in the middle and resumed."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from logit_store import LogitStore, TokenStore
+from tests.toy import DECANT, ROOT, run_decant, write_yaml
+
+STUDENT = {
+    "config": {
+        "model_type": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    }
+}
+
+
+def shard_bytes(folder: str | Path) -> dict[str, bytes]:
+    """Every file of a store by name, but for the header: it carries who made it, and where."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name == "shards"]
+    return {path.name: path.read_bytes() for path in files}
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def start_decant(*arguments: str) -> "subprocess.Popen[bytes]":
+    """In a process group of its own, so that all of it can be killed."""
+    return subprocess.Popen(
+        [DECANT, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+
+# Cache
+
+
+def test_the_same_cache_command_again_finds_nothing_to_do(store: Any, shared: Path) -> None:
+    folder = Path(store.storage.root)
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    done = run_decant("cache", str(shared / "cache.yaml"))
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+    assert "tok/s" not in done.stderr
+    assert "ray job submit --working-dir . -- python -m cluster cache" in done.stdout
+
+
+def test_inspect_says_what_is_in_it(store: Any) -> None:
+    shown = json.loads(run_decant("inspect", store.storage.root, "--json").stdout)
+    rows = [store[i] for i in range(len(store))]
+    assert shown["rows"] == len(rows)
+    assert shown["positions"] == sum(len(row.targets.next_logprob_P) for row in rows)
+    files = [path for path in Path(store.storage.root).rglob("*.arrow") if path.parent.name == "shards"]
+    assert shown["bytes"] == sum(path.stat().st_size for path in files)
+    assert shown["bytes_per_position"] == pytest.approx(shown["bytes"] / shown["positions"])
+    kept = [1 - np.exp(row.targets.tail_logmass_P.astype(np.float64)) for row in rows]
+    assert shown["kept_mass"] == pytest.approx(np.concatenate(kept).mean())
+    assert (shown["k"], shown["vocabulary_size"], shown["tail"]) == (16, 400, "exact")
+    assert len(shown["labels_id"]) == len(shown["text_id"]) == 64
+    assert "labels_id" in run_decant("inspect", store.storage.root).stdout
+
+
+@pytest.fixture(scope="module")
+def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
+    """A cache config that takes some ten seconds (one row per batch), and the shards of an undisturbed run."""
+    from cluster.config import CacheConfig
+    from cluster.tokenize import tokenize_shard
+    from logit_store.config import parse_config
+
+    library = Path(json.__file__).parents[1]
+    texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-d]*.py"))]
+    corpus = shared / "long.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text[:30_000]}) + "\n" for text in texts))
+    raw = json.loads(json.dumps(cache_config))
+    raw["tokens"] |= {"path": str(shared / "long-tokens"), "source": {"files": [str(corpus)]}, "num_shards": 12}
+    raw["teacher"]["batch_tokens"] = 1
+    raw["store"]["path"] = str(shared / "long-quiet")
+    assert callable(tokenize_shard)
+    assert parse_config(CacheConfig, raw, "long")
+    path = write_yaml(shared / "long.yaml", raw)
+    run_decant("tokenize", str(path))
+    run_decant("cache", str(path))
+    return path, shard_bytes(shared / "long-quiet")
+
+
+def worker_pids() -> list[int]:
+    found = subprocess.run(["pgrep", "-f", "ray::TeacherWorker"], capture_output=True, text=True, check=False)
+    return [int(pid) for pid in found.stdout.split()]
+
+
+def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
+    long_cache: tuple[Path, dict[str, bytes]], shared: Path
+) -> None:
+    path, quiet = long_cache
+    folder = shared / "long-killed"
+    arguments = ("cache", str(path), f"store.path={folder}")
+
+    def committed() -> int:
+        return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
+
+    driver = start_decant(*arguments)
+    wait_until(lambda: committed() >= 2)
+    os.killpg(driver.pid, signal.SIGKILL)
+    driver.wait()
+    wait_until(lambda: not worker_pids())
+    assert 2 <= committed() < 12
+    assert not (folder / "manifest.json").exists()
+
+    before = committed()
+    driver = start_decant(*arguments)
+    wait_until(lambda: committed() > before)
+    os.kill(worker_pids()[0], signal.SIGKILL)  # Ray starts it again, and its shard
+    assert driver.wait(timeout=300) == 0
+    assert shard_bytes(folder) == quiet
+    LogitStore.open(str(folder))
+
+
+@pytest.fixture(scope="module")
+def ray_head() -> Iterator[dict[str, str]]:
+    """A running cluster with token authentication, as `ray start --head` makes it; its clients' environment."""
+    import tempfile
+
+    from training.engine import free_port
+
+    folder = Path(tempfile.mkdtemp(prefix="head"))
+    token = folder / "token"
+    token.write_text("0123456789abcdef" * 4)
+    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    ray = str(Path(DECANT).parent / "ray")
+    port, dashboard = free_port(), free_port()
+    command = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
+    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{port}"}
+    yield environment
+    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_ray_job_submit_does_the_same(store: Any, shared: Path, ray_head: dict[str, str]) -> None:
+    ray = str(Path(DECANT).parent / "ray")
+    python = str(Path(DECANT).parent / "python")
+    folder = shared / "submitted"
+    submit = [ray, "job", "submit", "--working-dir", ".", "--", python, "-m", "cluster", "cache"]
+    submit += [str(shared / "cache.yaml"), f"store.path={folder}"]
+    refused = subprocess.run(
+        submit, cwd=ROOT, env={**ray_head, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0  # no token, no job
+    done = subprocess.run(submit, cwd=ROOT, env=ray_head, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert shard_bytes(folder) == shard_bytes(store.storage.root)
+
+
+def test_joining_a_cluster_by_address_does_the_same(store: Any, shared: Path, ray_head: dict[str, str]) -> None:
+    folder = shared / "joined"
+    run_decant("cache", str(shared / "cache.yaml"), f"store.path={folder}", "--address", ray_head["GCS"], env=ray_head)
+    assert shard_bytes(folder) == shard_bytes(store.storage.root)
+
+
+# Students
+
+
+@pytest.fixture(scope="module")
+def student_config(store: Any, shared: Path) -> dict[str, Any]:
+    return {
+        "run": {"path": str(shared / "runs" / "kd")},
+        "data": {"store": store.storage.root},
+        "student": STUDENT,
+        "loss": {"alpha": 0.7, "tail": "ghost"},
+        "schedule": {"total_tokens": 6000, "tokens_per_step": 300, "lr": 0.01, "warmup_tokens": 600,
+                     "micro_batch_tokens": 400},
+        "curriculum": {"min_difficulty": 16, "max_difficulty": 48,
+                       "schedule_config": {"total_curriculum_tokens": 3000, "difficulty_step": 8}},
+        "evaluation": {"every_tokens": 3000},
+        "checkpoint": {"every_tokens": 1500},
+        "deepspeed": str(ROOT / "configs/deepspeed/zero1.json"),
+    }  # fmt: skip
+
+
+def metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """Lines of steps and evaluations, without what depends on the clock."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "tokens_per_s"} for line in lines]
+
+
+def weights(folder: str | Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return dict(load_file(Path(folder) / "model" / "model.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def quiet_run(student_config: dict[str, Any], shared: Path) -> Path:
+    """An undisturbed run on one rank."""
+    path = write_yaml(shared / "student.yaml", student_config)
+    run_decant("train", str(path))
+    return Path(student_config["run"]["path"])
+
+
+def test_a_run_learns_and_leaves_a_hugging_face_model(quiet_run: Path, store: Any) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    steps = [line for line in metrics(quiet_run) if "loss" in line]
+    evaluations = [line["held_out"] for line in metrics(quiet_run) if "held_out" in line]
+    assert steps[-1]["loss"] < steps[0]["loss"]
+    assert evaluations[-1]["loss"] < np.log(400)
+    assert [step["sequence_length"] for step in steps] == sorted(step["sequence_length"] for step in steps)
+    assert {steps[0]["sequence_length"], steps[-1]["sequence_length"]} == {16, 48}
+    assert any((quiet_run / "tensorboard").iterdir())
+    assert not (quiet_run / "checkpoints").exists()  # a finished run keeps its model
+    model = AutoModelForCausalLM.from_pretrained(quiet_run / "model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(quiet_run / "model")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(Path(store.storage.root) / "tokenizer").get_vocab()
+    losses, count = 0.0, 0
+    for row in store.rows("held_out"):
+        ids = torch.from_numpy(store[int(row)].tokens.input_ids_T.astype(np.int64))[None]
+        if ids.shape[1] > 1:
+            with torch.no_grad():
+                losses += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
+            count += ids.shape[1] - 1
+    assert evaluations[-1]["loss"] == pytest.approx(losses / count, rel=1e-5)
+    assert evaluations[-1]["positions"] == count
+
+
+def test_two_ranks_give_the_same_run(quiet_run: Path, student_config: dict[str, Any], shared: Path) -> None:
+    folder = shared / "runs" / "kd-two-ranks"
+    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", "launcher.ranks=2")
+    one, two = metrics(quiet_run), metrics(folder)
+    assert [line["tokens_seen"] for line in one] == [line["tokens_seen"] for line in two]
+    for a, b in zip(one, two, strict=True):
+        for key in ("loss", "kd", "ce", "gradient_norm"):
+            if key in a:
+                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (key, a["step"])
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_gives_the_same_run(
+    stage: int, quiet_run: Path, student_config: dict[str, Any], shared: Path
+) -> None:
+    folder, path = shared / "runs" / f"zero{stage}", shared / f"zero{stage}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", f"deepspeed={path}", "launcher.ranks=2",
+               "schedule.total_tokens=6000")  # fmt: skip
+    one, other = metrics(quiet_run), metrics(folder)
+    assert one[-1]["held_out"]["loss"] == pytest.approx(other[-1]["held_out"]["loss"], rel=1e-3)
+    for name, tensor in weights(quiet_run).items():
+        torch.testing.assert_close(tensor, weights(folder)[name], rtol=0, atol=0.02)
+
+
+def test_killed_in_the_middle_and_resumed_is_the_same_run(
+    quiet_run: Path, student_config: dict[str, Any], shared: Path
+) -> None:
+    folder = shared / "runs" / "kd-killed"
+    arguments = ("train", str(shared / "student.yaml"), f"run.path={folder}")
+
+    def steps() -> int:
+        return len(metrics_or_none(folder))
+
+    trainer = start_decant(*arguments)
+    wait_until(lambda: (folder / "checkpoint.json").exists() and steps() >= 8)
+    os.killpg(trainer.pid, signal.SIGKILL)
+    trainer.wait()
+    assert not (folder / "result.json").exists()
+    pointer = json.loads((folder / "checkpoint.json").read_text())
+    assert 0 < pointer["cursor"]["tokens_seen"] < 6000
+    run_decant(*arguments)
+    assert metrics(folder) == metrics(quiet_run)
+    for name, tensor in weights(quiet_run).items():
+        assert torch.equal(tensor, weights(folder)[name])
+    done = run_decant(*arguments)
+    assert "is finished: held-out loss" in done.stdout
+
+
+def metrics_or_none(folder: Path) -> list[str]:
+    path = folder / "metrics.jsonl"
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def test_the_deepspeed_command_by_hand_is_the_same(quiet_run: Path, shared: Path) -> None:
+    folder = shared / "runs" / "by-hand"
+    deepspeed = str(Path(DECANT).parent / "deepspeed")
+    environment = {**os.environ, "PATH": f"{Path(DECANT).parent}:{os.environ['PATH']}"}
+    command = [deepspeed, "--module", "training", "train", str(shared / "student.yaml"), f"run.path={folder}"]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    assert metrics(folder) == metrics(quiet_run)
+
+
+def test_a_token_store_trains_a_teacher_on_the_same_batches(
+    tokens: TokenStore, quiet_run: Path, student_config: dict[str, Any], shared: Path
+) -> None:
+    folder = shared / "runs" / "kd-ce"
+    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", "loss.alpha=0",
+               f"data.store={tokens.storage.root}")  # fmt: skip
+    ours, theirs = metrics(folder), metrics(quiet_run)
+    assert [line["tokens_seen"] for line in ours] == [line["tokens_seen"] for line in theirs]
+    assert ours[0]["ce"] == ours[0]["loss"] == pytest.approx(theirs[0]["ce"], rel=1e-6)  # the same batch and weights
+
+
+def test_report_is_one_file_that_needs_no_network(
+    quiet_run: Path, student_config: dict[str, Any], shared: Path
+) -> None:
+    twin = shared / "runs" / "twin"
+    run_decant("train", str(shared / "student.yaml"), f"run.path={twin}", "loss.alpha=0")
+    done = run_decant("report", str(quiet_run), str(twin), "--out", str(shared / "report"))
+    page = (shared / "report" / "report.html").read_text()
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
+    assert "http" not in page
+    assert {path.name for path in (shared / "report").iterdir()} == {
+        "report.html", "loss.png", "sequence_length.png", "size.png",
+    }  # fmt: skip
+    for folder in (quiet_run, twin):
+        result = json.loads((folder / "result.json").read_text())
+        assert f"{result['held_out']['loss']:.4f}" in done.stdout
+        assert f"{result['held_out']['loss']:.4f}" in page
+    gain = (json.loads((twin / "result.json").read_text())["held_out"]["loss"]
+            - json.loads((quiet_run / "result.json").read_text())["held_out"]["loss"])  # fmt: skip
+    assert f"{gain:+.4f}" in done.stdout
