@@ -41,7 +41,8 @@ lint: $(VENV)/.all
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	bash -n docker/install.sh
+	$(BIN)/shellcheck docker/install.sh .ci/run
+	$(BIN)/hadolint docker/*.Dockerfile
 
 clean:
 	rm -rf $(VENV) runs

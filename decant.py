@@ -73,7 +73,8 @@ def _cache(arguments: argparse.Namespace) -> None:
 
 def _run_cluster_verb(arguments: argparse.Namespace, run: Callable[..., Any]) -> None:
     from cluster.config import CacheConfig
-    from cluster.submit import check_job_paths, submit_line
+    from cluster.ray_cluster import in_submitted_job
+    from cluster.submit import check_paths, submit_line
     from logit_store.config import load_config
     from logit_store.summary import print_summary
 
@@ -81,10 +82,11 @@ def _run_cluster_verb(arguments: argparse.Namespace, run: Callable[..., Any]) ->
     if arguments.address is not None:
         overrides.append(f"cluster.address={arguments.address}")
     config = load_config(CacheConfig, arguments.config, overrides)
-    check_job_paths(config, arguments.verb)
+    check_paths(config, arguments.verb)
     store = run(config)
     print_summary(store)
-    print(f"\nthe same on a running cluster:\n  {submit_line(arguments.verb, arguments.config, overrides, config)}")
+    if not in_submitted_job():
+        print(f"\nthe same on a running cluster:\n  {submit_line(arguments.verb, arguments.config, overrides, config)}")
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

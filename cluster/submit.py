@@ -11,13 +11,8 @@ from logit_store.errors import ConfigError
 
 def submit_line(verb: str, config_path: str, overrides: list[str], config: CacheConfig) -> str:
     """The `ray job submit` command that does the same on a running cluster, with every path absolute."""
-    absolute = {
-        "tokens.path": config.tokens.path,
-        "tokens.tokenizer": config.tokens.tokenizer,
-        "teacher.model": config.teacher.model,
-        "store.path": config.store.path,
-    }
-    changed = [f"{key}={Path(value).absolute()}" for key, value in absolute.items() if _is_relative_local(key, value)]
+    paths = _local_paths(config).items()
+    changed = [f"{key}={Path(path).absolute()}" for key, path in paths if not Path(path).is_absolute()]
     files = config.tokens.source.files
     if verb == "tokenize" and config.tokens.source.dataset is None and any("://" not in f for f in files):
         changed.append(
@@ -27,19 +22,30 @@ def submit_line(verb: str, config_path: str, overrides: list[str], config: Cache
     return f"ray job submit --working-dir . -- python -m cluster {shlex.join([verb, config_path, *kept, *changed])}"
 
 
-def check_job_paths(config: CacheConfig, verb: str) -> None:
-    """In a submitted job, refuse a relative output path: it would be written into Ray's own folder and lost.
+def check_paths(config: CacheConfig, verb: str) -> None:
+    """Refuse a relative path that would mean another place where it is used.
 
-    Raises ConfigError.
+    A submitted job runs in a copy of the working directory that is thrown away, so its output would be lost;
+    workers of a joined cluster run in folders of their own. Raises ConfigError.
     """
-    key, path = ("store.path", config.store.path) if verb == "cache" else ("tokens.path", config.tokens.path)
-    if in_submitted_job() and "://" not in path and not Path(path).is_absolute():
+    output = "store.path" if verb == "cache" else "tokens.path"
+    for key, path in _local_paths(config).items():
+        if Path(path).is_absolute():
+            continue
+        if in_submitted_job() and key == output:
+            reason = "a job runs in a copy of the working directory that is thrown away"
+        elif config.cluster.address is not None and not in_submitted_job():
+            reason = "workers of a joined cluster run in other folders"
+        else:
+            continue
         raise ConfigError(
-            f"{key}={path} is relative, and a job runs in a copy of the working directory that is thrown away: "
-            f"give an absolute path or a URL ({key}=/shared/{path})"
+            f"{key}={path} is relative, and {reason}: give an absolute path or a URL, as in {key}=/shared/{path}"
         )
 
 
-def _is_relative_local(key: str, value: str) -> bool:
-    is_input = key in ("tokens.tokenizer", "teacher.model")  # may be a Hub id: relative only if it is there
-    return "://" not in value and not Path(value).is_absolute() and (not is_input or Path(value).exists())
+def _local_paths(config: CacheConfig) -> dict[str, str]:
+    """Paths of the config that are no URL and no Hub id, by key."""
+    outputs = {"tokens.path": config.tokens.path, "store.path": config.store.path}
+    inputs = {"tokens.tokenizer": config.tokens.tokenizer, "teacher.model": config.teacher.model}
+    local = outputs | {key: value for key, value in inputs.items() if Path(value).exists()}
+    return {key: value for key, value in local.items() if "://" not in value}

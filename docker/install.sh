@@ -40,7 +40,7 @@ extras=$(for group in "$@"; do [[ $group == vllm || $group == train ]] || printf
 install setuptools wheel
 install --editable ".[${extras%,}]"
 if wants vllm && [[ $accelerator == cuda ]]; then
-  install ".[vllm]"
+  install --editable ".[vllm]"
 fi
 if wants train; then
   [[ $accelerator == cpu ]] || install "torch>=2.11,<2.15"

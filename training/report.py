@@ -31,7 +31,7 @@ class Run(NamedTuple):
 
 
 def report(paths: Sequence[str], out: str | None) -> Path:
-    """Write ``report.html`` and PNGs, print the table; the HTML file's path.
+    """Write ``report.html``, PNGs and ``table.md``, print the table; the HTML file's path.
 
     Raises StudentError: a directory holds no finished run, or runs are of different stores.
     """
@@ -47,6 +47,7 @@ def report(paths: Sequence[str], out: str | None) -> Path:
     plots = draw_plots(runs, teacher)
     for name, png in plots.items():
         (folder / f"{name}.png").write_bytes(png)
+    (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
     page = folder / "report.html"
     page.write_text(_render(rows, plots, summarize(store), runs), encoding="utf-8")
     _print_table(rows)
@@ -125,6 +126,12 @@ def _is_twin(run: Run, other: Run) -> bool:
     )
 
 
+def markdown_table(rows: list[dict[str, str]]) -> str:
+    """The table as Markdown, to be pasted where people discuss it."""
+    lines = [COLUMNS, ["---"] * len(COLUMNS), *(row.values() for row in rows)]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
 def draw_plots(runs: Sequence[Run], teacher: dict[str, float] | None) -> dict[str, bytes]:
     """PNG bytes by name: loss over tokens, sequence length over steps, held-out loss over student size."""
     from matplotlib.figure import Figure
@@ -160,6 +167,8 @@ def draw_plots(runs: Sequence[Run], teacher: dict[str, float] | None) -> dict[st
     if teacher is not None:
         size.axhline(teacher["loss"], color="grey", ls=":", label="teacher")
     size.set_xscale("log")
+    size.set_xticks(sizes, [f"{s / 1e6:.2f}M" for s in sizes], minor=False)
+    size.minorticks_off()
     for figure in figures.values():
         figure.axes[0].legend(fontsize=8)
     return {name: _png(figure) for name, figure in figures.items()}

@@ -3,7 +3,11 @@
 What is there already is kept, so that running it again is quick; `rm -r runs/demo` starts afresh.
 """
 
+import datetime
+import importlib.metadata
+import json
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -11,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path("runs/demo")
+DECANT = str(Path(sys.executable).parent / "decant")
 STUDENTS = ("small", "medium", "large")
 CACHE = "configs/demo/cache.yaml"
 TEACHER_TEXT = [f"tokens.path={ROOT}/teacher-tokens", f"tokens.source.files=[{ROOT}/corpus/teacher.jsonl]"]
@@ -35,11 +40,39 @@ def main() -> None:
         phase(f"train the {size} student and its twin", lambda size=size: train_pair(size))  # type: ignore[misc]
     runs = [str(ROOT / "students" / name) for size in STUDENTS for name in (size, f"{size}-ce")]
     phase("report", lambda: run("decant", "report", *runs, "--out", str(ROOT / "report")))
+    seconds["in all"] = sum(seconds.values())
     print("\nseconds of each phase:")
     for name, value in seconds.items():
         print(f"  {value:6.1f}  {name}")
-    print(f"  {sum(seconds.values()):6.1f}  in all")
+    write_summary(seconds)
     print(f"open {ROOT.absolute()}/report/report.html")
+
+
+def write_summary(seconds: dict[str, float]) -> None:
+    """Write `runs/demo/summary.md`: the table and the seconds with hardware, versions and date."""
+    names = ("torch", "transformers", "ray", "deepspeed", "pyarrow")
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
+    store = json.loads(subprocess.check_output([DECANT, "inspect", str(ROOT / "store"), "--json"]))
+    shown = ("shards", "rows", "positions", "k", "bytes", "bytes_per_position", "kept_mass")
+    figures = [f"{store[key]:,.4g}" if isinstance(store[key], float) else f"{store[key]:,}" for key in shown]
+    lines = [
+        "# A run of `make demo`\n",
+        f"{datetime.date.today()}, {os.cpu_count()} cores of {processor()}, Python {platform.python_version()}, "
+        f"{versions}. Written by `configs/demo/run.py`.\n",
+        (ROOT / "report" / "table.md").read_text(),
+        "| store | |\n| --- | --- |",
+        *(f"| {key} | {figure} |" for key, figure in zip(shown, figures, strict=True)),
+        "\n| phase | seconds |\n| --- | --- |",
+        *(f"| {name} | {value:.0f} |" for name, value in seconds.items()),
+    ]
+    (ROOT / "summary.md").write_text("\n".join(lines) + "\n")
+
+
+def processor() -> str:
+    """The processor's name as Linux tells it, or what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 def run(*command: str) -> None:
@@ -62,7 +95,7 @@ def start(*command: str, threads: str | None = None) -> "subprocess.Popen[bytes]
     """Print and start a command; `decant` is the one beside this interpreter."""
     shown = ["python" if word == sys.executable else word for word in command]
     print("$", " ".join(shown), flush=True)
-    program = str(Path(sys.executable).parent / command[0]) if command[0] == "decant" else command[0]
+    program = DECANT if command[0] == "decant" else command[0]
     environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
     return subprocess.Popen([program, *command[1:]], env=environment)
 

@@ -326,7 +326,7 @@ def test_report_is_one_file_that_needs_no_network(
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "http" not in page
     assert {path.name for path in (shared / "report").iterdir()} == {
-        "report.html", "loss.png", "sequence_length.png", "size.png",
+        "report.html", "table.md", "loss.png", "sequence_length.png", "size.png",
     }  # fmt: skip
     for folder in (quiet_run, twin):
         result = json.loads((folder / "result.json").read_text())
