@@ -12,7 +12,8 @@ from cluster.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenStore, writer
 from logit_store.errors import ConfigError, TeacherError
 from logit_store.format import MANIFEST
-from logit_store.identity import labels_id
+from logit_store.identity import labels_id, require_equal
+from logit_store.vocabulary import describe_tokenizer
 
 IDENTITY = ("kind", "labels_id", "labels", "logprob_dtype", "tail", "num_shards")
 FROM_TOKENS = ("text_id", "vocabulary_size", "window", "held_out", "tokenizer", "corpus", "num_documents", "num_shards")
@@ -29,6 +30,7 @@ def cache(config: CacheConfig) -> LogitStore:
     Raises ConfigError, TeacherError, StoreError.
     """
     tokens = TokenStore.open(config.tokens.path)
+    _check_tokens(config, tokens)
     header = _header(config, tokens)
     storage = Storage(config.store.path)
     header = writer.begin(storage, header, IDENTITY)
@@ -43,6 +45,13 @@ def cache(config: CacheConfig) -> LogitStore:
     return LogitStore.open(config.store.path)
 
 
+def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
+    """Refuse token shards that were made by other settings than the config's. Raises IdentityError."""
+    asked = {"window": config.tokens.window, "held_out": config.tokens.held_out}
+    remedy = "Run `decant tokenize` with this config into another tokens.path, or change the config back"
+    require_equal({key: tokens.manifest[key] for key in asked}, asked, config.tokens.path, remedy)
+
+
 def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     manifest, targets = tokens.manifest, config.targets
     vocabulary_size = int(manifest["vocabulary_size"])
@@ -53,6 +62,7 @@ def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
         )
     folder = model_folder(config.teacher.model, config.teacher.revision)
     _check_teacher(folder, int(tokens.lengths_N.max()), vocabulary_size)
+    _check_teacher_tokenizer(folder, manifest["tokenizer"])
     labels = {
         "teacher": weights_sha256(folder),
         "text_id": manifest["text_id"],
@@ -98,6 +108,22 @@ def _check_teacher(folder: Path, longest: int, vocabulary_size: int) -> None:
         raise TeacherError(
             f"the teacher's head has {width} rows, fewer than the tokenizer's vocabulary of {vocabulary_size}: "
             "it belongs to another tokenizer"
+        )
+
+
+def _check_teacher_tokenizer(folder: Path, stored: dict[str, Any]) -> None:
+    """Refuse a teacher to which the shards' ids mean other tokens. Raises TeacherError."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise TeacherError(f"{folder} holds no tokenizer to compare with that of the token shards: {reason}") from error
+    if describe_tokenizer(tokenizer, str(folder))["vocabulary_sha256"] != stored["vocabulary_sha256"]:
+        raise TeacherError(
+            f"the teacher's tokenizer in {folder} and that of the token shards ({stored['name']!r}) give different ids "
+            "to tokens: tokenize again with tokens.tokenizer set to the teacher"
         )
 
 

@@ -64,8 +64,8 @@ def load_documents(source: SourceConfig) -> Any:
             f"the corpus has no column {source.text_column!r}; its columns are {', '.join(dataset.column_names)}. "
             "Set tokens.source.text_column"
         )
-    if len(dataset) == 0:
-        raise CorpusError("the corpus is empty: it holds no documents")
+    if not any(document[source.text_column] for document in dataset):  # stops at the first with any text
+        raise CorpusError("the corpus is empty: no document of it has any text")
     return dataset
 
 

@@ -108,8 +108,6 @@ def _header(tokens: TokensConfig) -> dict[str, Any]:
 
 def _finish(storage: Storage, header: dict[str, Any], tokens: TokensConfig) -> None:
     records = writer.committed(storage, header["num_shards"])
-    if not sum(record["rows"] for record in records.values()):
-        raise CorpusError("the corpus is empty: none of its documents has any text")
     shas = [records[shard]["sha256"] for shard in sorted(records)]
     header = header | {"text_id": text_id(header["tokenizer"]["vocabulary_sha256"], shas)}
     files = tokenizer_files(load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision))

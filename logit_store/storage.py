@@ -18,7 +18,10 @@ class Storage:
     def __init__(self, url: str) -> None:
         self.url = str(url).rstrip("/")
         self.fs: Any
-        self.fs, root = fsspec.core.url_to_fs(self.url)
+        try:
+            self.fs, root = fsspec.core.url_to_fs(self.url)
+        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
+            raise StoreError(f"{self.url} cannot be opened: {error}") from error
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
 

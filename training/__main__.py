@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import sys
 
 from logit_store.config import load_config
@@ -10,7 +11,7 @@ from training.config import TrainConfig
 
 
 def main() -> int:
-    """Run this rank; its exit code. Rank 0 speaks for all."""
+    """Run this rank; its exit code."""
     parser = argparse.ArgumentParser(prog="training")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says it too")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -19,13 +20,16 @@ def main() -> int:
     train.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
 
-    from training.trainer import rank_from_environment, train as run_rank  # isort: skip
+    import torch
+
+    from training.trainer import train as run_rank
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
         run_rank(load_config(TrainConfig, arguments.config, arguments.overrides))
     except DecantError as error:
-        if rank_from_environment() == 0:
+        # What is wrong with the config is wrong on every rank; what comes later may be seen by one alone.
+        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():
             print(f"decant train: error: {error}", file=sys.stderr)
         return 2
     return 0

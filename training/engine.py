@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from logit_store.errors import ConfigError
+from logit_store.errors import ConfigError, StudentError
 from training.config import OptimizerConfig, TrainConfig
+from training.run_folder import writing
 
 OURS = {
     "train_batch_size": "schedule.tokens_per_step",
@@ -123,12 +124,15 @@ class Engine:
 
     def save(self, folder: Path, tag: str) -> None:
         """Write a checkpoint of weights, optimizer and engine state; every rank calls this."""
-        self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        with writing(folder / tag):
+            self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         torch.distributed.barrier()
 
     def load(self, folder: Path, tag: str) -> None:
-        """Restore a checkpoint; every rank calls this."""
-        self.engine.load_checkpoint(str(folder), tag=tag)
+        """Restore a checkpoint; every rank calls this. Raises StudentError when it is not there."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise StudentError(f"checkpoint {folder / tag} is incomplete: delete the run's directory to start again")
 
     def whole_weights(self) -> AbstractContextManager[Any]:
         """Within the block, rank 0 sees the module's weights whole, also under ZeRO-3."""

@@ -16,6 +16,7 @@ online distillation. Ghost: "ghost token" of Raman et al. 2025 (arXiv 2503.16870
 residual on the ground truth.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,7 +66,7 @@ def forward_kl(logits_NV: Tensor, targets: SparseTargets, next_ids_N: Tensor, te
         log_q_outside_N = log_q_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
         return _kl(log_p_NK, log_q_NK).sum(-1) + _kl(log_r_N, log_q_outside_N)
     if tail == "uniform":
-        log_each_N = log_r_N - torch.log(torch.tensor(vocabulary_size - k, dtype=log_r_N.dtype))
+        log_each_N = log_r_N - math.log(vocabulary_size - k)
         mean_log_q_N = (log_q_NV.sum(-1) - log_q_NK.sum(-1)) / (vocabulary_size - k)
         spread_N = torch.where(log_r_N > -torch.inf, log_r_N.exp() * (log_each_N - mean_log_q_N), 0.0)
         return _kl(log_p_NK, log_q_NK).sum(-1) + spread_N

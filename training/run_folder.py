@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,21 @@ from logit_store.identity import require_equal
 from training.config import TrainConfig
 
 CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.json", "result.json"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn what libraries raise when a file cannot be written into one StudentError that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+        reason = " ".join(str(error).split())
+        raise StudentError(
+            f"{path} cannot be written: {reason}. What was saved before stays; free some space or choose another "
+            "run.path, and run the same command again"
+        ) from error
 
 
 class RunFolder:
@@ -37,11 +54,9 @@ class RunFolder:
 
     def begin(self, config: TrainConfig, identity: dict[str, Any]) -> None:
         """Save the resolved config. Raises StudentError when the directory cannot be written."""
-        try:
+        with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            self._replace(CONFIG, yaml.safe_dump(_document(config, identity), sort_keys=False))
-        except OSError as error:
-            raise StudentError(f"cannot write run.path {self.path}: {error.strerror}") from error
+        self._replace(CONFIG, yaml.safe_dump(_document(config, identity), sort_keys=False))
 
     def result(self) -> dict[str, Any] | None:
         """The figures of a finished run; None while it is not."""
@@ -57,16 +72,16 @@ class RunFolder:
         """Tag and cursor of the newest complete checkpoint."""
         return self._read(POINTER)
 
-    def point_to(self, tag: str, cursor: dict[str, int]) -> None:
+    def point_to(self, tag: str, cursor: dict[str, int], ranks: int) -> None:
         """Make ``tag`` the checkpoint to resume from, then remove older ones."""
-        self._replace(POINTER, json.dumps({"tag": tag, "cursor": cursor}))
+        self._replace(POINTER, json.dumps({"tag": tag, "cursor": cursor, "ranks": ranks}))
         for folder in self.checkpoints.iterdir():
             if folder.is_dir() and folder.name != tag:
                 shutil.rmtree(folder)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics."""
-        with open(self.path / METRICS, "a", encoding="utf-8") as file:
+        """Append a line of metrics. Raises StudentError when the disk is full."""
+        with writing(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -87,7 +102,10 @@ class RunFolder:
 
     def _replace(self, name: str, text: str) -> None:
         temporary = self.path / f".{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
+        with writing(self.path / name), open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, self.path / name)
 
 

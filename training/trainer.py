@@ -1,6 +1,5 @@
 """One rank of `decant train`: check, build, step until the tokens are spent, evaluate, save."""
 
-import os
 import time
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from training.config import TrainConfig
 from training.data import collate
 from training.engine import Engine, deepspeed_config, init_process_group
 from training.evaluation import evaluate, held_out_prefixes
-from training.run_folder import RunFolder
+from training.run_folder import RunFolder, writing
 from training.schedules import learning_rate
 from training.student import Student, build_student, check_tokenizer, save_tokenizer
 
@@ -102,9 +101,10 @@ def train(config: TrainConfig) -> None:
     figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
     with engine.whole_weights():
         if rank == 0:
-            engine.module.model.save_pretrained(run.model)
+            with writing(run.model):
+                engine.module.model.save_pretrained(run.model)
+                save_tokenizer(prepared.store.files(), run.model)
     if rank == 0:
-        save_tokenizer(prepared.store.files(), run.model)
         progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
         rate = (cursor.tokens_seen - tokens_before) / seconds
         run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
@@ -117,6 +117,11 @@ def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
     pointer = run.checkpoint()
     cursor = Cursor(**pointer["cursor"]) if pointer else Cursor()
     if pointer:
+        if pointer["ranks"] != engine.world_size:
+            raise StudentError(
+                f"the checkpoint in {run.path} was made by {pointer['ranks']} ranks, and these are "
+                f"{engine.world_size}: go on with launcher.ranks={pointer['ranks']}"
+            )
         engine.load(run.checkpoints, pointer["tag"])
     if rank == 0:
         run.rewind(cursor.step)
@@ -147,7 +152,7 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             if _crossed(config.checkpoint.every_tokens, before, cursor):
                 engine.save(run.checkpoints, f"step{cursor.step}")
                 if rank == 0:
-                    run.point_to(f"step{cursor.step}", cursor._asdict())
+                    run.point_to(f"step{cursor.step}", cursor._asdict(), engine.world_size)
     return cursor
 
 
@@ -203,8 +208,3 @@ class _Watcher:
             self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
             for name, value in figures.items():
                 self.writer.add_scalar(f"held_out/{name}", value, cursor.step)
-
-
-def rank_from_environment() -> int:
-    """This process's rank before any group exists."""
-    return int(os.environ.get("RANK", "0"))

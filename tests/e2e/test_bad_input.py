@@ -55,9 +55,16 @@ def student_yaml(cache_config: dict[str, Any], tmp_path: Path) -> str:
 def test_cache_refuses_before_anything_is_written(
     refused: Callable[..., str], cache_yaml: str, tokens: Any, tmp_path: Path, tokenizer: Path
 ) -> None:
+    from transformers import AutoTokenizer
+
     small = make_teacher(tmp_path / "narrow", tokenizer, vocab_size=300)
     short = make_teacher(tmp_path / "short", tokenizer, context=48)
+    foreign = make_teacher(tmp_path / "foreign", tokenizer)
+    AutoTokenizer.from_pretrained(tokenizer).train_new_from_iterator(["a b c"] * 9, 300).save_pretrained(foreign)
     cases = {
+        f"teacher.model={foreign}": "give different ids to tokens: tokenize again",
+        "tokens.window=40": "window is 48 there and 40 here. Run `decant tokenize`",
+        "store.path=s4://bucket/store": "s4://bucket/store cannot be opened: Protocol not known",
         "targets.k=401": "targets.k = 401 is larger than the vocabulary of 400",
         "targets.kk=4": "unknown key 'targets.kk'; did you mean 'k'?",
         "targets.k=four": "targets.k: input should be a valid integer",
@@ -106,10 +113,12 @@ def test_tokenize_refuses_before_anything_is_written(
     refused: Callable[..., str], cache_yaml: str, tmp_path: Path
 ) -> None:
     (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "blank.jsonl").write_text('{"text": ""}\n{"text": null}\n')
     out = f"tokens.path={tmp_path / 'out'}"
     cases = {
         "tokens.source.files=[/nowhere/*.jsonl]": "no file matches '/nowhere/*.jsonl'",
         f"tokens.source.files=[{tmp_path}/empty.jsonl]": "the corpus is empty",
+        f"tokens.source.files=[{tmp_path}/blank.jsonl]": "no document of it has any text",
         "tokens.tokenizer=/nowhere": "no tokenizer at '/nowhere'",
         "tokens.window=1": "tokens.window: input should be greater than or equal to 2",
     }
