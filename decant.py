@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
         parser_of_config.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDES_HELP)
     report = add("report", "compare finished runs", "decant report runs/demo/students/* --out runs/demo/report")
     report.add_argument("runs", nargs="+", metavar="RUN", help="directory of a finished `decant train`")
-    report.add_argument("--out", help="directory for report.html and PNGs (default: `report` beside the first run)")
+    report.add_argument(
+        "--out", help="directory for report.html and PNGs (default: `report` beside the folder of the runs)"
+    )
     report.set_defaults(run=_report)
     return parser
 

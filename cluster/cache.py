@@ -16,7 +16,17 @@ from logit_store.identity import labels_id, require_equal
 from logit_store.vocabulary import describe_tokenizer
 
 IDENTITY = ("kind", "labels_id", "labels", "logprob_dtype", "tail", "num_shards")
-FROM_TOKENS = ("text_id", "vocabulary_size", "window", "held_out", "tokenizer", "corpus", "num_documents", "num_shards")
+FROM_TOKENS = (
+    "text_id",
+    "vocabulary_size",
+    "window",
+    "held_out",
+    "tokenizer",
+    "tokenizer_name",
+    "corpus",
+    "num_documents",
+    "num_shards",
+)
 TAIL = {"transformers": "exact", "vllm": "one_minus_kept"}
 """How each backend comes to the tail's mass."""
 
@@ -33,11 +43,13 @@ def cache(config: CacheConfig) -> LogitStore:
     _check_tokens(config, tokens)
     header = _header(config, tokens)
     storage = Storage(config.store.path)
-    header = writer.begin(storage, header, IDENTITY)
+    writer.check(storage, header, IDENTITY)
     if not storage.exists(MANIFEST):
         num_shards = header["num_shards"]
         todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
         with ray_cluster.session(config.cluster), shard_progress("cache", num_shards, num_shards - len(todo)) as bar:
+            ray_cluster.check_room(config.cluster)
+            header = writer.begin(storage, header, IDENTITY)
             arguments = (config, header["k"], header["labels_id"])
             for record in ray_cluster.map_workers(config.cluster, TeacherWorker, arguments, "score_shard", todo):
                 bar(record)
@@ -62,7 +74,7 @@ def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
         )
     folder = model_folder(config.teacher.model, config.teacher.revision)
     _check_teacher(folder, int(tokens.lengths_N.max()), vocabulary_size)
-    _check_teacher_tokenizer(folder, manifest["tokenizer"])
+    _check_teacher_tokenizer(folder, manifest)
     labels = {
         "teacher": weights_sha256(folder),
         "text_id": manifest["text_id"],
@@ -120,10 +132,10 @@ def _check_teacher_tokenizer(folder: Path, stored: dict[str, Any]) -> None:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise TeacherError(f"{folder} holds no tokenizer to compare with that of the token shards: {reason}") from error
-    if describe_tokenizer(tokenizer, str(folder))["vocabulary_sha256"] != stored["vocabulary_sha256"]:
+    if describe_tokenizer(tokenizer)["vocabulary_sha256"] != stored["tokenizer"]["vocabulary_sha256"]:
         raise TeacherError(
-            f"the teacher's tokenizer in {folder} and that of the token shards ({stored['name']!r}) give different ids "
-            "to tokens: tokenize again with tokens.tokenizer set to the teacher"
+            f"the teacher's tokenizer in {folder} and that of the token shards ({stored['tokenizer_name']!r}) give "
+            "different ids to tokens: tokenize again with tokens.tokenizer set to the teacher"
         )
 
 

@@ -101,7 +101,7 @@ class ClusterConfig(Config):
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and threads, of a worker."""
     gpus_per_worker: float = Field(0.0, ge=0.0)
-    """GPUs of a worker."""
+    """GPUs of a worker. At 0 the transformers backend scores on the CPU, whatever the machine has."""
     max_restarts: int = Field(3, ge=0)
     """How often a worker, and a shard whose worker died, is started again."""
 
@@ -114,3 +114,9 @@ class CacheConfig(Config):
     targets: TargetsConfig = TargetsConfig()
     store: StoreConfig
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _backend_gives_the_targets(self) -> Self:
+        if self.teacher.backend == "vllm" and self.targets.temperatures:
+            raise ValueError("targets.temperatures need log-partitions, which teacher.backend=vllm does not give yet")
+        return self

@@ -64,6 +64,11 @@ def load_documents(source: SourceConfig) -> Any:
             f"the corpus has no column {source.text_column!r}; its columns are {', '.join(dataset.column_names)}. "
             "Set tokens.source.text_column"
         )
+    kind = getattr(dataset.features[source.text_column], "dtype", "a list")
+    if kind not in ("string", "large_string", "null"):
+        raise CorpusError(
+            f"column {source.text_column!r} of the corpus holds {kind}, not text: set tokens.source.text_column"
+        )
     if not any(document[source.text_column] for document in dataset):  # stops at the first with any text
         raise CorpusError("the corpus is empty: no document of it has any text")
     return dataset
@@ -110,8 +115,7 @@ def _expand(patterns: list[str]) -> list[str]:
             raise CorpusError(f"file {pattern!r} cannot be looked up: {error}") from error
         if not found:
             raise CorpusError(f"no file matches {pattern!r} (tokens.source.files)")
-        protocol = "" if "file" in fs.protocol else fs.unstrip_protocol("")
-        files += [f"{protocol}{path}" for path in found]
+        files += found if "file" in fs.protocol else [fs.unstrip_protocol(path) for path in found]
     return files
 
 

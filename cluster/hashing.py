@@ -20,7 +20,7 @@ def file_sha256(path: str | Path) -> str:
     taken. Others are hashed once and remembered by path, size and modification time.
     """
     real = Path(path).resolve()
-    if re.fullmatch(r"[0-9a-f]{64}", real.name):
+    if real.parent.name == "blobs" and re.fullmatch(r"[0-9a-f]{64}", real.name):
         return real.name
     stat = real.stat()
     key = digest_json([str(real), stat.st_size, stat.st_mtime_ns])

@@ -6,6 +6,7 @@ Only this file imports ray.
 import importlib.util
 import os
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -31,37 +32,47 @@ def session(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster at ``config.address`` (in a submitted job: the job's own), or start a local one.
 
     A local cluster lives in a short temporary folder (Ray's socket paths must stay under 107 bytes) that
-    is removed at the end. Raises ConfigError: the address does not answer.
+    is removed at the end. Raises ConfigError: no cluster answers.
     """
     import ray
 
-    quiet = {"configure_logging": True, "logging_level": "WARNING", "log_to_driver": True}
+    options: dict[str, Any] = {"logging_level": "WARNING"}
+    folder = None
     if in_submitted_job():
-        ray.init(address="auto", **quiet)
-        folder = None
+        options |= {"address": "auto"}
     elif config.address is not None:
-        try:
-            ray.init(address=config.address, runtime_env={"py_modules": _own_packages()}, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise ConfigError(
-                f"no Ray cluster answers at {config.address!r}: {' '.join(str(error).split())}"
-            ) from error
-        folder = None
+        _check_listening(config.address)
+        options |= {"address": config.address, "runtime_env": {"py_modules": _own_packages()}}
     else:
-        wanted, cores = config.workers * config.cpus_per_worker, os.cpu_count() or 1
-        if wanted > cores:
-            raise ConfigError(
-                f"cluster.workers × cluster.cpus_per_worker = {wanted}, but this machine has {cores} cores: "
-                "lower one of them, or join a cluster with --address"
-            )
-        folder = tempfile.mkdtemp(prefix="ray")
-        ray.init(address="local", include_dashboard=False, _temp_dir=folder, **quiet)
+        folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+        options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
     try:
+        try:
+            ray.init(**options)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())
+            raise ConfigError(f"no Ray cluster answers at {options['address']!r}: {reason}") from error
         yield
     finally:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def check_room(config: ClusterConfig) -> None:
+    """Refuse a cluster that cannot hold all workers: those without a place would wait for ever.
+
+    Raises ConfigError.
+    """
+    import ray
+
+    have = ray.cluster_resources()
+    for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+        if config.workers * each > have.get(resource, 0):
+            raise ConfigError(
+                f"cluster.workers × cluster.{resource.lower()}s_per_worker = {config.workers * each:g}, but the "
+                f"cluster has {have.get(resource, 0):g} {resource}s: lower one of them, or join a larger cluster"
+            )
 
 
 def map_tasks(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
@@ -93,8 +104,9 @@ def map_workers(
         max_restarts=config.max_restarts,
         max_task_retries=config.max_restarts,
     )
-    pool = ActorPool([remote.remote(*arguments) for _ in range(config.workers)])
-    results = pool.map_unordered(lambda actor, item: getattr(actor, method).remote(item), list(items))
+    todo = list(items)
+    pool = ActorPool([remote.remote(*arguments) for _ in range(min(config.workers, len(todo)))])
+    results = pool.map_unordered(lambda actor, item: getattr(actor, method).remote(item), todo)
     with _causes():
         yield from results
 
@@ -110,13 +122,20 @@ def _causes() -> Iterator[None]:
         if isinstance(error.cause, DecantError):
             raise error.cause from None
         raise
-    except ray.exceptions.ActorDiedError as error:
-        if isinstance(cause := getattr(error, "cause", None), DecantError):
-            raise cause from None
-        raise
 
 
 def _own_packages() -> list[str]:
     """Folders of the packages that workers import: a cluster joined by address runs this very code."""
     specs = [importlib.util.find_spec(name) for name in ("cluster", "logit_store")]
     return [str(Path(spec.origin).parent) for spec in specs if spec and spec.origin]
+
+
+def _check_listening(address: str) -> None:
+    """Refuse an address where nothing listens within seconds; Ray itself would try for minutes. Raises ConfigError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdigit():
+        return  # `auto` and the like, which Ray resolves by itself
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(f"no Ray cluster answers at {address!r}: {error}") from error

@@ -25,11 +25,12 @@ def tokenize(config: CacheConfig) -> TokenStore:
     tokens = config.tokens
     header = _header(tokens)
     storage = Storage(tokens.path)
-    writer.begin(storage, header, IDENTITY)
+    writer.check(storage, header, IDENTITY)
     if not storage.exists(MANIFEST):
         num_shards = header["num_shards"]
         todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
         with ray_cluster.session(config.cluster), shard_progress("tokenize", num_shards, num_shards - len(todo)) as bar:
+            writer.begin(storage, header, IDENTITY)
             for record in ray_cluster.map_tasks(tokenize_shard, [(tokens, shard) for shard in todo]):
                 bar(record)
         _finish(storage, header, tokens)
@@ -98,7 +99,8 @@ def _header(tokens: TokensConfig) -> dict[str, Any]:
         "kind": TokenStore.kind,
         "corpus": corpus,
         "num_documents": num_documents,
-        "tokenizer": describe_tokenizer(tokenizer, tokens.tokenizer),
+        "tokenizer": describe_tokenizer(tokenizer),
+        "tokenizer_name": tokens.tokenizer,
         "vocabulary_size": vocabulary_size(tokenizer),
         "window": tokens.window,
         "held_out": tokens.held_out,

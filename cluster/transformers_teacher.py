@@ -17,15 +17,17 @@ from logit_store.errors import TeacherError
 
 
 class TransformersTeacher:
-    """A causal language model of transformers, scoring on one device (or spread by accelerate over several)."""
+    """A causal language model of transformers, scoring on one device."""
 
-    def __init__(self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int) -> None:
+    def __init__(
+        self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, device: str = "cpu"
+    ) -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a worker's bars would land in the driver's terminal
         self.config, self.targets, self.vocabulary_size = config, targets, vocabulary_size
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = device
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         self.model.to(self.device).eval()
         self.decoder = self.model.get_decoder()

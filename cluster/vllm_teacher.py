@@ -25,7 +25,7 @@ class VllmTeacher:
     """A causal language model in vLLM, with a float32 LM head (a bfloat16 head ties adjacent log-probs)."""
 
     def __init__(
-        self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, window: int
+        self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, longest: int
     ) -> None:
         try:
             from vllm import LLM
@@ -34,17 +34,15 @@ class VllmTeacher:
                 f"teacher.backend is vllm, but vllm cannot be imported ({error}): run `make setup`, "
                 "or set teacher.backend=transformers"
             ) from error
-        if targets.temperatures:
-            raise ConfigError("targets.temperatures need log-partitions, which the vllm backend does not give yet")
         self.vocabulary_size, self.k = vocabulary_size, targets.k
         self.num_logprobs = min(targets.k + PADDED_ROWS, vocabulary_size)
         self.engine: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,
             dtype=config.dtype,
-            max_model_len=window + 1,  # the engine refuses a prompt as long as its context
+            max_model_len=longest + 1,  # the engine refuses a prompt as long as its context
             max_logprobs=self.num_logprobs,
-            max_num_batched_tokens=max(config.batch_tokens, window + 1),
+            max_num_batched_tokens=max(config.batch_tokens, longest + 1),
             enable_prefix_caching=False,
             hf_overrides={"head_dtype": "float32"},
             gpu_memory_utilization=config.gpu_memory_utilization,

@@ -1,5 +1,6 @@
 """A teacher worker: loads the teacher once, then turns token shards into logit shards of the same number."""
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,11 +24,19 @@ class TeacherWorker:
     def __init__(self, config: CacheConfig, k: int, labels_id: str) -> None:
         import torch
 
-        if not torch.cuda.is_available():
+        if not config.cluster.gpus_per_worker:
             torch.set_num_threads(config.cluster.cpus_per_worker)
         self.config, self.k, self.labels_id = config, k, labels_id
-        self.tokens = TokenStore.open(config.tokens.path)
-        self.teacher = build_teacher(config, k, self.tokens.manifest)
+
+    @cached_property
+    def tokens(self) -> TokenStore:
+        """The token shards."""
+        return TokenStore.open(self.config.tokens.path)
+
+    @cached_property
+    def teacher(self) -> Teacher:
+        """The teacher, loaded with the first shard: an actor whose constructor fails dies without a reason."""
+        return build_teacher(self.config, self.k, self.tokens)
 
     def score_shard(self, shard: int) -> dict[str, Any]:
         """Score and commit one shard; its commit record."""
@@ -45,15 +54,16 @@ def empty_targets(k: int, num_temperatures: int) -> Targets:
     return Targets(matrix.astype(np.int32), matrix, vector, vector, np.zeros((0, num_temperatures), np.float32))
 
 
-def build_teacher(config: CacheConfig, k: int, tokens_manifest: dict[str, Any]) -> Teacher:
+def build_teacher(config: CacheConfig, k: int, tokens: TokenStore) -> Teacher:
     """The configured backend with its model loaded; ``k`` is the head's size, at most V."""
     folder: Path = model_folder(config.teacher.model, config.teacher.revision)
     targets = config.targets.model_copy(update={"k": k})
-    vocabulary_size, window = tokens_manifest["vocabulary_size"], tokens_manifest["window"]
+    vocabulary_size = int(tokens.manifest["vocabulary_size"])
     if config.teacher.backend == "vllm":
         from cluster.vllm_teacher import VllmTeacher
 
-        return VllmTeacher(folder, config.teacher, targets, vocabulary_size, window)
+        return VllmTeacher(folder, config.teacher, targets, vocabulary_size, int(tokens.lengths_N.max()))
     from cluster.transformers_teacher import TransformersTeacher
 
-    return TransformersTeacher(folder, config.teacher, targets, vocabulary_size)
+    device = "cuda" if config.cluster.gpus_per_worker else "cpu"
+    return TransformersTeacher(folder, config.teacher, targets, vocabulary_size, device)

@@ -72,10 +72,12 @@ def encode_tokens(rows: Sequence[TokenRow], metadata: dict[str, str]) -> tuple[b
 
 
 def encode_logits(rows: Sequence[LogitRow], logprob_dtype: str, metadata: dict[str, str]) -> tuple[bytes, int]:
-    """Arrow file bytes of a logit shard, and its rows per record batch.
+    """Arrow file bytes of a logit shard, and its rows per record batch. A shard without rows has no label columns.
 
     ``logprob_dtype`` is how head log-probs are stored; the other columns are float32 always.
     """
+    if not rows:
+        return encode_tokens([], metadata)
     targets = [row.targets for row in rows]
     positions = _offsets([len(t.next_logprob_P) for t in targets])
     columns = _token_columns([row.tokens for row in rows]) | {
@@ -84,7 +86,7 @@ def encode_logits(rows: Sequence[LogitRow], logprob_dtype: str, metadata: dict[s
         "next_logprob": _list(positions, [t.next_logprob_P for t in targets], np.dtype(np.float32)),
         "tail_logmass": _list(positions, [t.tail_logmass_P for t in targets], np.dtype(np.float32)),
     }
-    if targets and targets[0].log_partition_PS.shape[1]:
+    if targets[0].log_partition_PS.shape[1]:
         columns["log_partition"] = _list_of_lists(
             positions, [t.log_partition_PS for t in targets], np.dtype(np.float32)
         )

@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import fsspec
@@ -47,6 +46,7 @@ class _Store(ABC, Generic[RowT]):
         if self._starts[-1] != len(self.lengths_N):
             raise CorruptError(f"{storage.url}: index and shards disagree on the number of rows")
         self._reader = lru_cache(maxsize=256)(self._open_shard)
+        self._verified_shards: set[int] = set()
         self._batch = lru_cache(maxsize=2)(self._read_batch)
 
     def __len__(self) -> int:
@@ -102,13 +102,15 @@ class _Store(ABC, Generic[RowT]):
             raise CorruptError(f"{self.storage.url}: shard {shard} names an object {record['object']!r}")
         name = f"shards/{record['object']}"
         path = self.storage.path(name)
-        if not self.storage.is_local:  # fetched once to a local temporary file, then mapped like any other
-            path = fsspec.open_local(f"simplecache::{self.storage.fs.unstrip_protocol(path)}")
-        if not Path(path).exists():
-            raise CorruptError(f"{self.storage.path(name)} is missing. {_REDO}")
-        data = pa.memory_map(path).read_buffer()
-        if digest(data) != record["sha256"]:
+        try:
+            if not self.storage.is_local:  # fetched once to a local temporary file, then mapped like any other
+                path = fsspec.open_local(f"simplecache::{self.storage.fs.unstrip_protocol(path)}")
+            data = pa.memory_map(path).read_buffer()
+        except FileNotFoundError:
+            raise CorruptError(f"{self.storage.path(name)} is missing. {_REDO}") from None
+        if shard not in self._verified_shards and digest(data) != record["sha256"]:
             raise CorruptError(f"{self.storage.path(name)} is damaged: its checksum does not match. {_REDO}")
+        self._verified_shards.add(shard)
         return pa.ipc.open_file(data)
 
     def _verified(self, name: str, sha256: str) -> bytes:

@@ -13,7 +13,7 @@ def vocabulary_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
+def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Hashes of the vocabulary map and of each further part, in a form that padding and truncation do not change."""
     parts: dict[str, Any] = {}
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
@@ -23,7 +23,6 @@ def describe_tokenizer(tokenizer: Any, name: str) -> dict[str, Any]:
             **{part: canonical.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")},
         }
     return {
-        "name": name,
         "vocabulary_sha256": digest_json(sorted(tokenizer.get_vocab().items())),
         "parts_sha256": {part: digest_json(value) for part, value in parts.items()},
     }

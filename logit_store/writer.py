@@ -24,19 +24,17 @@ from logit_store.storage import Storage
 Record = dict[str, Any]
 
 
-def begin(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
-    """Create the store's header, or join a store that has one; return the header that is there.
+def check(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> bool:
+    """Whether the directory holds the beginnings of this very store; False where it is empty. Writes nothing.
 
-    ``identity`` names the header's fields that must be equal for a run to go on with the store; the
-    rest (provenance) stays what the first run wrote.
-    Raises IdentityError: the directory belongs to another run, or holds something else.
+    Raises IdentityError: it belongs to another run, or holds something else.
     """
     if not storage.exists(HEADER):
         if not storage.is_empty():
             raise IdentityError(
                 f"{storage.url} is not empty and holds no decant store: choose another directory or empty this one"
             )
-        storage.create(HEADER, seal("header", header))
+        return False
     found = unseal(storage.read(HEADER), "header", storage.path(HEADER))
     require_equal(
         {field: found.get(field) for field in identity},
@@ -44,7 +42,20 @@ def begin(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> 
         storage.url,
         "Choose another directory, or delete that one if it is not wanted",
     )
-    return found
+    return True
+
+
+def begin(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> dict[str, Any]:
+    """Create the store's header, or join a store that has one; return the header that is there.
+
+    ``identity`` names the header's fields that must be equal for a run to go on with the store; the
+    rest (provenance) stays what the first run wrote.
+    Raises IdentityError: the directory belongs to another run, or holds something else.
+    """
+    if not check(storage, header, identity):
+        storage.create(HEADER, seal("header", header))
+    check(storage, header, identity)  # another run may have been first
+    return unseal(storage.read(HEADER), "header", storage.path(HEADER))
 
 
 def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow]) -> Record:
@@ -78,7 +89,9 @@ def finish(storage: Storage, header: dict[str, Any], index: bytes, files: dict[s
     if len(records) < num_shards:
         raise NotFinishedError(f"{storage.url}: {num_shards - len(records)} of {num_shards} shards are not committed")
     for name, data in {INDEX: index, **files}.items():
-        storage.create(name, data)
+        if not storage.create(name, data) and storage.read(name) != data:
+            storage.delete(name)  # left by an attempt that died before the manifest, with another library version
+            storage.create(name, data)
     named = {record["object"] for record in records.values()} | {f"{shard:06d}.json" for shard in records}
     for name in storage.names("shards"):
         if name not in named:

@@ -131,6 +131,8 @@ class CurriculumConfig(Config):
             raise ValueError("schedule_config.max_tokens must have one entry fewer than schedule_config.difficulty")
         if schedule.max_tokens != sorted(schedule.max_tokens) or min(schedule.difficulty) < 1:
             raise ValueError("schedule_config.max_tokens must ascend and schedule_config.difficulty be positive")
+        if max(schedule.difficulty) > self.max_difficulty:
+            raise ValueError(f"schedule_config.difficulty goes beyond max_difficulty {self.max_difficulty}")
         return self
 
 

@@ -1,6 +1,6 @@
 """Prefixes of stored rows as tensors, padded to the longest of their micro-batch."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitRow, LogitStore, TokenStore
-from training.batches import Prefix
+from training.batches import Prefix, micro_batches
 from training.losses import SparseTargets
 
 
@@ -23,12 +23,29 @@ class MicroBatch(NamedTuple):
     """int64: the tokens to predict, of the valid positions in order."""
     targets: SparseTargets | None
     """The teacher's labels of the valid positions; None from a token store."""
+    max_positions: int
+    """The largest N of this micro-batch on any rank: decides in how many chunks every rank applies its head."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
         targets = self.targets and SparseTargets(*(column.to(device) for column in self.targets))
         ids, valid, next_ids = (t.to(device) for t in self[:3])
-        return MicroBatch(ids, valid, next_ids, targets)
+        return MicroBatch(ids, valid, next_ids, targets, self.max_positions)
+
+
+def rank_batches(
+    store: LogitStore | TokenStore,
+    prefixes: Sequence[Prefix],
+    num_ranks: int,
+    rank: int,
+    micro_batch_tokens: int,
+    temperature: float = 1.0,
+) -> Iterator[MicroBatch]:
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
+    dealt = micro_batches(prefixes, num_ranks, micro_batch_tokens)
+    for i, group in enumerate(dealt[rank]):
+        max_positions = max(sum(prefix.positions for prefix in of_rank[i]) for of_rank in dealt)
+        yield collate(store, group, temperature)._replace(max_positions=max_positions)
 
 
 def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0) -> MicroBatch:
@@ -53,6 +70,7 @@ def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperat
         torch.from_numpy(valid_BL),
         torch.from_numpy(np.concatenate(next_ids)),
         targets,
+        sum(prefix.positions for prefix in prefixes),
     )
 
 
@@ -62,8 +80,8 @@ def _targets(
     k, temperatures = store.manifest["k"], store.manifest["temperatures"]
     parts = [(row.targets, prefix.positions) for row, prefix in zip(rows, prefixes, strict=True)]
 
-    def column(values: list[np.ndarray], *width: int) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros((0, *width), np.float32), *values]))
+    def column(values: list[np.ndarray], *width: int, dtype: type = np.float32) -> Tensor:
+        return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *values]))
 
     if temperature == 1.0:
         partitions = [np.zeros(n, np.float32) for _, n in parts]
@@ -71,7 +89,7 @@ def _targets(
         at = temperatures.index(temperature)
         partitions = [t.log_partition_PS[:n, at] for t, n in parts]
     return SparseTargets(
-        column([t.head_ids_PK[:n] for t, n in parts], k).long(),
+        column([t.head_ids_PK[:n] for t, n in parts], k, dtype=np.int32).long(),
         column([t.head_logprobs_PK[:n] for t, n in parts], k),
         column([t.next_logprob_P[:n] for t, n in parts]),
         column([t.tail_logmass_P[:n] for t, n in parts]),

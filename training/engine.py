@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,10 @@ class Engine:
 
         parameters = [p for p in module.parameters() if p.requires_grad]
         self.engine: Any
-        self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
+        except (ValueError, deepspeed.runtime.config.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
+            raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
         self.device = self.engine.device
         self.world_size = torch.distributed.get_world_size()
 
@@ -108,7 +111,7 @@ class Engine:
         norm = engine.get_global_grad_norm()
         return {"loss": loss, "kd": kd, "ce": ce}, float(norm) if norm is not None else float("nan")
 
-    def predict(self, micro_batches: Sequence[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
+    def predict(self, micro_batches: Iterable[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
         """Sum over ranks and micro-batches of ``use(batch, predictions)``."""
         self.engine.eval()
         total: Tensor | None = None
@@ -130,9 +133,15 @@ class Engine:
 
     def load(self, folder: Path, tag: str) -> None:
         """Restore a checkpoint; every rank calls this. Raises StudentError when it is not there."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=tag)
+        path = self.engine.load_checkpoint(str(folder), tag=tag)[0] if (folder / tag).is_dir() else None
         if path is None:
-            raise StudentError(f"checkpoint {folder / tag} is incomplete: delete the run's directory to start again")
+            raise StudentError(f"checkpoint {folder / tag} is gone: delete the run's directory to start again")
+
+    def same_on_all_ranks(self, value: Any) -> Any:
+        """What rank 0 gave, on every rank: others may see files late, or not at all."""
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0)
+        return values[0]
 
     def whole_weights(self) -> AbstractContextManager[Any]:
         """Within the block, rank 0 sees the module's weights whole, also under ZeRO-3."""

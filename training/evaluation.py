@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitStore, TokenStore
-from training.batches import Prefix, micro_batches
-from training.data import MicroBatch, collate
+from training.batches import Prefix
+from training.data import MicroBatch, rank_batches
 from training.student import Predictions
 
 NUM_BINS = 15
@@ -26,8 +26,8 @@ def held_out_prefixes(store: LogitStore | TokenStore, max_rows: int | None) -> l
 def evaluate(engine: Any, store: LogitStore | TokenStore, prefixes: Sequence[Prefix], micro_batch_tokens: int,
              rank: int) -> dict[str, float]:  # fmt: skip
     """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
-    groups = micro_batches(prefixes, engine.world_size, micro_batch_tokens)[rank]
-    return figures(engine.predict([collate(store, group) for group in groups], tally).cpu().numpy())
+    batches = rank_batches(store, prefixes, engine.world_size, rank, micro_batch_tokens)
+    return figures(engine.predict(batches, tally).cpu().numpy())
 
 
 def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, float]:

@@ -18,6 +18,7 @@ residual on the ground truth.
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,24 +106,26 @@ def chunked_losses(
     hidden_ND: Tensor,
     next_ids_N: Tensor,
     targets: SparseTargets | None,
-    chunk_positions: int,
+    num_chunks: int,
     losses: Callable[[Tensor, Tensor, SparseTargets | None], LossSums],
 ) -> LossSums:
     """``losses(head(hidden), next_ids, targets)`` without ever holding the logits of more than a chunk.
 
-    Each chunk's logits are recomputed in the backward pass, so memory grows with chunk × V, not N × V.
+    Each chunk's logits are recomputed in the backward pass, so memory grows with N × V / ``num_chunks``. The
+    head is called exactly ``num_chunks`` times, on empty chunks too: under ZeRO-3 each call gathers its weights
+    from all ranks, so all ranks must call it equally often.
     """
 
     def of_chunk(part_ND: Tensor, ids_N: Tensor, part: SparseTargets | None) -> LossSums:
         return losses(head(part_ND), ids_N, part)
 
-    if len(hidden_ND) <= chunk_positions:
+    if num_chunks == 1:
         return of_chunk(hidden_ND, next_ids_N, targets)
+    bounds = [len(hidden_ND) * i // num_chunks for i in range(num_chunks + 1)]
     sums: list[LossSums] = []
-    for start in range(0, len(hidden_ND), chunk_positions):
-        piece = slice(start, start + chunk_positions)
-        part = None if targets is None else SparseTargets(*(column[piece] for column in targets))
-        sums.append(checkpoint(of_chunk, hidden_ND[piece], next_ids_N[piece], part, use_reentrant=False))
+    for start, stop in pairwise(bounds):
+        part = None if targets is None else SparseTargets(*(column[start:stop] for column in targets))
+        sums.append(checkpoint(of_chunk, hidden_ND[start:stop], next_ids_N[start:stop], part, use_reentrant=False))
     return LossSums(*(torch.stack(terms).sum() for terms in zip(*sums, strict=True)))
 
 

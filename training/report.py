@@ -12,7 +12,7 @@ from logit_store import LogitStore, open_store
 from logit_store.errors import StudentError
 from logit_store.summary import summarize
 from training.evaluation import held_out_prefixes, teacher_figures
-from training.run_folder import CONFIG, RunFolder
+from training.run_folder import CONFIG, RunFolder, writing
 
 
 class Run(NamedTuple):
@@ -36,21 +36,26 @@ def report(paths: Sequence[str], out: str | None) -> Path:
     Raises StudentError: a directory holds no finished run, or runs are of different stores.
     """
     runs = sorted((_load(path) for path in paths), key=lambda run: (run.result["parameters"], -run.alpha))
-    _check_one_store(runs)
-    store = open_store(runs[0].config["data"]["store"])
-    folder = Path(out) if out is not None else runs[0].path.parent / "report"
-    folder.mkdir(parents=True, exist_ok=True)
+    _check_comparable(runs)
+    labelled = [run for run in runs if run.config["identity"]["labels_id"]] or runs
+    store = open_store(labelled[0].config["data"]["store"])
+    summary = summarize(store)
     teacher = None
     if isinstance(store, LogitStore):
         teacher = teacher_figures(store, held_out_prefixes(store, runs[0].config["evaluation"]["max_rows"]))
     rows = table_rows(runs, teacher)
     plots = draw_plots(runs, teacher)
-    for name, png in plots.items():
-        (folder / f"{name}.png").write_bytes(png)
-    (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
+    folder = Path(out) if out is not None else runs[0].path.parent.parent / "report"
     page = folder / "report.html"
-    page.write_text(_render(rows, plots, summarize(store), runs), encoding="utf-8")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, png in plots.items():
+            (folder / f"{name}.png").write_bytes(png)
+        (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
+        page.write_text(_render(rows, plots, summary, runs), encoding="utf-8")
     _print_table(rows)
+    print(f"store: {summary['bytes'] / 1e6:,.1f} MB, {summary['bytes_per_position']:.1f} bytes per position", end="")
+    print(f", kept mass {summary['kept_mass']:.4f}" if isinstance(store, LogitStore) else "")
     print(f"report: {page}")
     return page
 
@@ -78,7 +83,7 @@ def table_rows(runs: Sequence[Run], teacher: dict[str, float] | None) -> list[di
     for run in runs:
         twin = next((other for other in runs if _is_twin(run, other)), None)
         gain = twin.result["held_out"]["loss"] - run.result["held_out"]["loss"] if twin else None
-        loss = "cross-entropy" if run.alpha == 0 else f"{run.alpha:g} KD ({run.config['loss']['tail']})"
+        loss = "cross-entropy" if run.alpha == 0 else f"{run.alpha:g} KD, {run.config['loss']['tail']}"
         result = run.result
         rows.append(
             _row(
@@ -198,10 +203,17 @@ def _load(path: str) -> Run:
     return Run(folder.path.name, folder.path, config, result, folder.metrics())
 
 
-def _check_one_store(runs: Sequence[Run]) -> None:
+def _check_comparable(runs: Sequence[Run]) -> None:
+    """Held-out figures compare only on the same rows. Raises StudentError."""
     texts = {run.config["identity"]["text_id"]: run.name for run in runs}
     if len(texts) > 1:
         raise StudentError(f"runs {', '.join(texts.values())} are of different text and cannot be compared")
+    labels = {run.config["identity"]["labels_id"]: run.name for run in runs if run.config["identity"]["labels_id"]}
+    if len(labels) > 1:
+        raise StudentError(f"runs {', '.join(labels.values())} learned from different labels: report them apart")
+    rows = {run.config["evaluation"]["max_rows"]: run.name for run in runs}
+    if len(rows) > 1:
+        raise StudentError(f"runs {', '.join(rows.values())} differ in evaluation.max_rows and cannot be compared")
 
 
 def _render(rows: list[dict[str, str]], plots: dict[str, bytes], store: dict[str, Any], runs: Sequence[Run]) -> str:
@@ -220,9 +232,11 @@ def _print_table(rows: list[dict[str, str]]) -> None:
 
     table = Table()
     for column in COLUMNS:
-        table.add_column(column, justify="left" if column in ("model", "loss is") else "right")
+        text = column in ("model", "loss is")
+        table.add_column(column, justify="left" if text else "right", no_wrap=text)
     for row in rows:
         table.add_row(*row.values())
     console = Console()
-    console.width = max(console.width, 150) if not console.is_terminal else console.width
+    if not console.is_terminal:
+        console.width = 170  # a log has no width: every column whole
     console.print(table)

@@ -1,5 +1,6 @@
 """The directory of a run: its resolved config, metrics, the pointer to its checkpoint, its result."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from logit_store.identity import require_equal
 from training.config import TrainConfig
 
 CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.json", "result.json"
+LOCK = ".lock"
 
 
 @contextmanager
@@ -25,7 +27,9 @@ def writing(path: Path) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, SafetensorError, RuntimeError) as error:  # torch.save raises RuntimeError on a full disk
+    except (OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+            raise  # only that of torch.save is about the disk
         reason = " ".join(str(error).split())
         raise StudentError(
             f"{path} cannot be written: {reason}. What was saved before stays; free some space or choose another "
@@ -53,9 +57,17 @@ class RunFolder:
         require_equal(_decisive(saved), _decisive(_document(config, identity)), str(self.path), remedy)
 
     def begin(self, config: TrainConfig, identity: dict[str, Any]) -> None:
-        """Save the resolved config. Raises StudentError when the directory cannot be written."""
+        """Lock the directory and save the resolved config.
+
+        Raises StudentError: it cannot be written, or another process trains there.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(self.path / LOCK, "w")  # noqa: SIM115  held until this process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise StudentError(f"another process trains in {self.path}: wait for it, or end it") from None
         self._replace(CONFIG, yaml.safe_dump(_document(config, identity), sort_keys=False))
 
     def result(self) -> dict[str, Any] | None:
@@ -117,9 +129,10 @@ def _decisive(document: dict[str, Any]) -> dict[str, Any]:
     """The parts that decide the run's numbers, flat; where it lives and how it is launched do not."""
     flat: dict[str, Any] = {}
     for section, value in document.items():
-        if section not in ("launcher", "checkpoint"):
+        if section not in ("launcher", "checkpoint", "deepspeed"):  # the JSON's content is in the identity
             flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    flat.pop("run.path", None)
+    for place in ("run.path", "data.store"):
+        flat.pop(place, None)
     return flat
 
 

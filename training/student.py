@@ -1,12 +1,13 @@
 """The student: a causal language model of transformers, with its loss inside the module that DeepSpeed owns."""
 
+import difflib
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from logit_store.errors import StudentError
+from logit_store.errors import ConfigError, StudentError
 from training.config import LossConfig, StudentConfig
 from training.data import MicroBatch
 from training.losses import LossSums, SparseTargets, chunked_losses, default_chunk_positions, position_losses
@@ -32,12 +33,11 @@ class Student(nn.Module):
     def forward(self, batch: MicroBatch) -> LossSums | Predictions:
         """Loss sums of a micro-batch; its predictions in eval mode."""
         hidden_ND = self._hidden(batch)
+        num_chunks = max(1, -(-batch.max_positions // self.chunk))
         if self.training:
-            return chunked_losses(self._head, hidden_ND, batch.next_ids_N, batch.targets, self.chunk, self._losses)
-        parts = [
-            self._predict(self._head(hidden), ids)
-            for hidden, ids in zip(hidden_ND.split(self.chunk), batch.next_ids_N.split(self.chunk), strict=True)
-        ]
+            return chunked_losses(self._head, hidden_ND, batch.next_ids_N, batch.targets, num_chunks, self._losses)
+        chunks = zip(hidden_ND.tensor_split(num_chunks), batch.next_ids_N.tensor_split(num_chunks), strict=True)
+        parts = [self._predict(self._head(hidden), ids) for hidden, ids in chunks]
         return Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
@@ -93,14 +93,39 @@ def build_student(config: StudentConfig, vocabulary_size: int, longest: int, see
     return model
 
 
+def check_architecture(config: StudentConfig) -> None:
+    """Refuse a new student's config that its architecture does not know. Raises ConfigError."""
+    if config.config is None:
+        return
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
+    fields = dict(config.config)
+    kind = fields.pop("model_type")
+    try:
+        known = AutoConfig.for_model(kind)
+        unknown = [key for key in fields if not hasattr(known, key)]
+        AutoConfig.for_model(kind, **fields)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise ConfigError(f"student.config: {' '.join(str(error).split())}") from error
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], list(known.to_dict()), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ConfigError(f"student.config: {kind} has no {unknown[0]!r}{hint}")
+
+
 @torch.no_grad()
 def _check_plain_head(model: Any) -> None:
     """Refuse a model whose logits are more than its output embedding applied to its decoder's last state."""
-    training = model.training
+    training, decoder = model.training, model.get_decoder()
     model.eval()
     ids_1T = torch.arange(4)[None]
+    output = decoder(input_ids=ids_1T, use_cache=False)
+    output.last_hidden_state = output.last_hidden_state * 1000  # a cap does nothing to a new model's small logits
+    original, decoder.forward = decoder.forward, lambda *_arguments, **_options: output
     own = model(input_ids=ids_1T, use_cache=False).logits
-    plain = model.get_output_embeddings()(model.get_decoder()(input_ids=ids_1T, use_cache=False).last_hidden_state)
+    decoder.forward = original
+    plain = model.get_output_embeddings()(output.last_hidden_state)
     model.train(training)
     if not torch.allclose(own, plain, rtol=1e-4, atol=1e-4):
         raise StudentError(
@@ -109,7 +134,7 @@ def _check_plain_head(model: Any) -> None:
         )
 
 
-def check_tokenizer(config: StudentConfig, store_tokenizer: dict[str, Any]) -> list[str]:
+def check_tokenizer(config: StudentConfig, manifest: dict[str, Any]) -> list[str]:
     """Compare the student's own tokenizer with the store's; warnings, one per part that differs harmlessly.
 
     A new student has none of its own. Raises StudentError where an id stands for another token.
@@ -124,15 +149,14 @@ def check_tokenizer(config: StudentConfig, store_tokenizer: dict[str, Any]) -> l
         tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
     except (OSError, ValueError) as error:
         raise StudentError(f"no tokenizer beside student.model {config.model!r}: {error}") from error
-    own = describe_tokenizer(tokenizer, config.model)
-    if own["vocabulary_sha256"] != store_tokenizer["vocabulary_sha256"]:
+    own, stored = describe_tokenizer(tokenizer), manifest["tokenizer"]
+    if own["vocabulary_sha256"] != stored["vocabulary_sha256"]:
         raise StudentError(
-            f"the tokenizer of student {config.model!r} and that of the store ({store_tokenizer['name']!r}) give "
+            f"the tokenizer of student {config.model!r} and that of the store ({manifest['tokenizer_name']!r}) give "
             "different ids to tokens: labels would be for other tokens. Use a student with the store's tokenizer, "
             "or make a store with the student's"
         )
-    stored = store_tokenizer["parts_sha256"]
-    return [part for part, sha256 in own["parts_sha256"].items() if stored.get(part) != sha256]
+    return [part for part, sha256 in own["parts_sha256"].items() if stored["parts_sha256"].get(part) != sha256]
 
 
 def save_tokenizer(files: dict[str, bytes], folder: Path) -> None:

@@ -3,18 +3,19 @@
 import time
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from logit_store import LogitStore, TokenStore, open_store
 from logit_store.errors import ConfigError, StoreError, StudentError
-from training.batches import BatchPlan, Cursor, Prefix, micro_batches
+from training.batches import BatchPlan, Cursor, Prefix
 from training.config import TrainConfig
-from training.data import collate
+from training.data import rank_batches
 from training.engine import Engine, deepspeed_config, init_process_group
 from training.evaluation import evaluate, held_out_prefixes
 from training.run_folder import RunFolder, writing
 from training.schedules import learning_rate
-from training.student import Student, build_student, check_tokenizer, save_tokenizer
+from training.student import Student, build_student, check_architecture, check_tokenizer, save_tokenizer
 
 
 class Prepared(NamedTuple):
@@ -53,9 +54,11 @@ def prepare(config: TrainConfig) -> Prepared:
     held_out = held_out_prefixes(store, config.evaluation.max_rows)
     if not held_out:
         raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
-    differing = check_tokenizer(config.student, store.manifest["tokenizer"])
+    check_architecture(config.student)
+    differing = check_tokenizer(config.student, store.manifest)
     warnings = [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
-    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id")}
+    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "logprob_dtype", "tail")}
+    identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
     return Prepared(config, store, plan, held_out, longest, identity, engine_config, warnings)
 
 
@@ -91,13 +94,10 @@ def train(config: TrainConfig) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
     init_process_group()
     rank = torch.distributed.get_rank()
+    engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
     if rank == 0:
         run.begin(config, prepared.identity)
-    engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
-    cursor = _resume(run, engine, rank)
-    started, tokens_before = time.monotonic(), cursor.tokens_seen
-    cursor = _train_steps(prepared, run, engine, cursor, rank)
-    seconds = time.monotonic() - started
+    cursor = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank)
     figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
     with engine.whole_weights():
         if rank == 0:
@@ -105,8 +105,9 @@ def train(config: TrainConfig) -> None:
                 engine.module.model.save_pretrained(run.model)
                 save_tokenizer(prepared.store.files(), run.model)
     if rank == 0:
+        seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
         progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
-        rate = (cursor.tokens_seen - tokens_before) / seconds
+        rate = cursor.tokens_seen / seconds
         run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
         run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
     torch.distributed.barrier()
@@ -114,7 +115,7 @@ def train(config: TrainConfig) -> None:
 
 
 def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
-    pointer = run.checkpoint()
+    pointer = engine.same_on_all_ranks(run.checkpoint() if rank == 0 else None)
     cursor = Cursor(**pointer["cursor"]) if pointer else Cursor()
     if pointer:
         if pointer["ranks"] != engine.world_size:
@@ -136,10 +137,10 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
         while cursor.tokens_seen < schedule.total_tokens:
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
-            groups = micro_batches(prefixes, engine.world_size, schedule.micro_batch_tokens)[rank]
-            batches = [collate(prepared.store, group, config.loss.temperature) for group in groups]
+            budget, temperature = schedule.micro_batch_tokens, config.loss.temperature
+            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature))
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
-            torch.manual_seed(hash((config.run.seed, cursor.step, rank)))
+            torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
             watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
@@ -147,7 +148,6 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
                 rows = [prefix.row for prefix in prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
             if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
-                budget = schedule.micro_batch_tokens
                 watch.evaluation(cursor, evaluate(engine, prepared.store, prepared.held_out, budget, rank))
             if _crossed(config.checkpoint.every_tokens, before, cursor):
                 engine.save(run.checkpoints, f"step{cursor.step}")
@@ -194,7 +194,8 @@ class _Watcher:
     def step(self, cursor: Cursor, values: dict[str, float]) -> None:
         if self.rank == 0:
             now, tokens = time.monotonic(), cursor.tokens_seen - self.cursor.tokens_seen
-            values = {**values, "tokens_per_s": tokens / (now - self.time), "epoch": cursor.epoch}
+            seconds = now - self.time
+            values = {**values, "seconds": seconds, "tokens_per_s": tokens / seconds, "epoch": cursor.epoch}
             self.cursor, self.time = cursor, now
             self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **values})
             for name, value in values.items():

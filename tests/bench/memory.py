@@ -121,7 +121,7 @@ def _student(model: Any, way: str, ids_1T: Any) -> Any:
     head_ids_NK = torch.stack([torch.randperm(V)[:K] for _ in range(32)]).repeat(-(-positions // 32), 1)[:positions]
     targets = SparseTargets(head_ids_NK, log_p_NK, tail_N - 5, tail_N, torch.zeros(positions))
     valid = torch.ones(1, positions, dtype=torch.bool)
-    batch = MicroBatch(ids_1T[:, :-1], valid, ids_1T[0, 1:], targets)
+    batch = MicroBatch(ids_1T[:, :-1], valid, ids_1T[0, 1:], targets, positions)
     chunk = positions if way == "dense" else None
     student = Student(model, V, LossConfig(alpha=0.9, tail="ghost", chunk_positions=chunk))
     return lambda: student(batch).loss.backward()

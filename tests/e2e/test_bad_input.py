@@ -74,7 +74,7 @@ def test_cache_refuses_before_anything_is_written(
         f"teacher.model={short}": "sequences of 48 tokens, but the teacher's context is 48: tokenize again "
         "with tokens.window <= 47",
         "tokens.path=/nowhere": "/nowhere holds no decant store",
-        "cluster.workers=99": "cluster.workers × cluster.cpus_per_worker = 99, but this machine has",
+        "cluster.workers=99": "cluster.workers × cluster.cpus_per_worker = 99, but the cluster has",
     }
     for override, message in cases.items():
         assert message in refused("cache", cache_yaml, override)
@@ -156,6 +156,9 @@ def test_train_refuses_before_anything_is_written(
         "schedule.tokens_per_step=10": "less than the longest sequence, 47 positions",
         "deepspeed=/nowhere.json": "DeepSpeed config /nowhere.json does not exist",
         f"deepspeed={ours}": "'train_batch_size' is decided by schedule.tokens_per_step",
+        "student.config.num_atention_heads=2": "llama has no 'num_atention_heads'; did you mean 'num_attention_heads'?",
+        "student.config.hidden_size=wide": "student.config: ",
+        "student.config.model_type=lama": "student.config: Unrecognized model identifier: lama",
         "student.model=x": "student: give either `model`",
     }
     for override, message in cases.items():

@@ -216,6 +216,21 @@ def test_finish_removes_what_dead_attempts_left(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in shards.iterdir()) == [".arrow", ".arrow", ".json", ".json"]
 
 
+def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, length, 8, 64) for length in (4, 9)]
+    store = write_store(str(tmp_path / "store"), [rows[:1], [], rows[1:]])
+    for i, row in enumerate(rows):
+        assert_same(store[i], row, rtol=2.0**-10)
+
+
+def test_finish_replaces_what_an_attempt_with_other_versions_left(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path / "store"))
+    storage.create("tokenizer/tokenizer.json", b"of an older library")
+    storage.create("header.json", writer.seal("header", {"labels_id": "l" * 64, "kind": "logits", "num_shards": 1}))
+    write_store(str(tmp_path / "store"), [[make_row(np.random.default_rng(0), 9, 4, 64)]]).files()
+
+
 def test_any_fsspec_url_works() -> None:
     rng = np.random.default_rng(0)
     rows = [make_row(rng, length, 8, 64) for length in (4, 9, 2)]

@@ -120,8 +120,8 @@ def test_student_rows_beyond_the_vocabulary_take_no_part(problem: tuple[Tensor, 
         torch.testing.assert_close(own, other)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_chunks_change_nothing(problem: tuple[Tensor, Tensor, Tensor], chunk: int) -> None:
+@pytest.mark.parametrize("num_chunks", [1, 3, 7, 20])
+def test_chunks_change_nothing(problem: tuple[Tensor, Tensor, Tensor], num_chunks: int) -> None:
     log_p_NV, _, next_ids_N = problem
     targets = sparse(log_p_NV, next_ids_N, 5)
     head = torch.nn.Linear(6, V, bias=False, dtype=torch.float64)
@@ -131,7 +131,7 @@ def test_chunks_change_nothing(problem: tuple[Tensor, Tensor, Tensor], chunk: in
         return position_losses(logits, ids, part, V, 0.6, 1.0, "ground_truth")
 
     whole = losses(head(hidden), next_ids_N, targets)
-    chunked = chunked_losses(head, hidden, next_ids_N, targets, chunk, losses)
+    chunked = chunked_losses(head, hidden, next_ids_N, targets, num_chunks, losses)
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     for a, b in zip(
