@@ -37,18 +37,28 @@ def shard_bytes(folder: str | Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in files}
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.01)
+class Started:
+    """`decant …` in a process group of its own, so that all of it can be killed; what it prints goes to a file."""
 
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with open(log, "w") as out:
+            self.process = subprocess.Popen(
+                [DECANT, *arguments], cwd=ROOT, start_new_session=True, stdout=out, stderr=subprocess.STDOUT
+            )
 
-def start_decant(*arguments: str) -> "subprocess.Popen[bytes]":
-    """In a process group of its own, so that all of it can be killed."""
-    return subprocess.Popen(
-        [DECANT, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait for the condition while the process lives."""
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.01)
+
+    def kill(self) -> None:
+        """SIGKILL to the whole group."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
 
 
 # Cache
@@ -116,19 +126,19 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
     def committed() -> int:
         return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
 
-    driver = start_decant(*arguments)
-    wait_until(lambda: committed() >= 2)
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    wait_until(lambda: not worker_pids())
+    driver = Started(shared / "killed.log", *arguments)
+    driver.wait_until(lambda: committed() >= 2)
+    driver.kill()
+    while worker_pids():  # they die with their raylet
+        time.sleep(0.1)
     assert 2 <= committed() < 12
     assert not (folder / "manifest.json").exists()
 
     before = committed()
-    driver = start_decant(*arguments)
-    wait_until(lambda: committed() > before)
+    driver = Started(shared / "resumed.log", *arguments)
+    driver.wait_until(lambda: committed() > before)
     os.kill(worker_pids()[0], signal.SIGKILL)  # Ray starts it again, and its shard
-    assert driver.wait(timeout=300) == 0
+    assert driver.process.wait(timeout=300) == 0, driver.log.read_text()
     assert shard_bytes(folder) == quiet
     LogitStore.open(str(folder))
 
@@ -277,10 +287,9 @@ def test_killed_in_the_middle_and_resumed_is_the_same_run(
     def steps() -> int:
         return len(metrics_or_none(folder))
 
-    trainer = start_decant(*arguments)
-    wait_until(lambda: (folder / "checkpoint.json").exists() and steps() >= 8)
-    os.killpg(trainer.pid, signal.SIGKILL)
-    trainer.wait()
+    trainer = Started(shared / "trainer.log", *arguments)
+    trainer.wait_until(lambda: (folder / "checkpoint.json").exists() and steps() >= 8)
+    trainer.kill()
     assert not (folder / "result.json").exists()
     pointer = json.loads((folder / "checkpoint.json").read_text())
     assert 0 < pointer["cursor"]["tokens_seen"] < 6000
@@ -297,15 +306,15 @@ def test_two_trainers_do_not_share_a_directory(quiet_run: Path, shared: Path) ->
     from training.run_folder import RunFolder
 
     folder = shared / "runs" / "kd-locked"
-    first = start_decant("train", str(shared / "student.yaml"), f"run.path={folder}", "schedule.total_tokens=10000000")
+    arguments = ("train", str(shared / "student.yaml"), f"run.path={folder}", "schedule.total_tokens=10000000")
+    first = Started(shared / "first.log", *arguments)
     try:
-        wait_until(lambda: len(metrics_or_none(folder)) > 0)
+        first.wait_until(lambda: len(metrics_or_none(folder)) > 0)
         run = RunFolder(str(folder))
         with pytest.raises(StudentError, match="another process trains in"):
             run.begin(None, {})  # type: ignore[arg-type]
     finally:
-        os.killpg(first.pid, signal.SIGKILL)
-        first.wait()
+        first.kill()
 
 
 def metrics_or_none(folder: Path) -> list[str]:
