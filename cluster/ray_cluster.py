@@ -44,7 +44,7 @@ def session(config: ClusterConfig) -> Iterator[None]:
         _check_listening(config.address)
         options |= {"address": config.address, "runtime_env": {"py_modules": _own_packages()}}
     else:
-        folder = tempfile.mkdtemp(prefix="ray", dir="/tmp")
+        folder = tempfile.mkdtemp(prefix="ray", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
         options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
     try:
         try:

@@ -88,16 +88,17 @@ def train_pair(size: str) -> None:
     config = f"configs/demo/student-{size}.yaml"
     twin = ["loss.alpha=0", f"run.path={ROOT}/students/{size}-ce"]
     threads = str(max(1, (os.cpu_count() or 2) // 2))
-    wait([start("decant", "train", config, threads=threads), start("decant", "train", config, *twin, threads=threads)])
+    student = start("decant", "train", config, OMP_NUM_THREADS=threads)
+    # One progress bar is enough for a terminal: rich takes TTY_COMPATIBLE=0 for none.
+    wait([student, start("decant", "train", config, *twin, OMP_NUM_THREADS=threads, TTY_COMPATIBLE="0")])
 
 
-def start(*command: str, threads: str | None = None) -> "subprocess.Popen[bytes]":
+def start(*command: str, **variables: str) -> "subprocess.Popen[bytes]":
     """Print and start a command; `decant` is the one beside this interpreter."""
     shown = ["python" if word == sys.executable else word for word in command]
     print("$", " ".join(shown), flush=True)
     program = DECANT if command[0] == "decant" else command[0]
-    environment = {**os.environ, **({"OMP_NUM_THREADS": threads} if threads else {})}
-    return subprocess.Popen([program, *command[1:]], env=environment)
+    return subprocess.Popen([program, *command[1:]], env={**os.environ, **variables})
 
 
 def wait(processes: "list[subprocess.Popen[bytes]]") -> None:

@@ -1,6 +1,6 @@
 """Position t of a stored row is the teacher's distribution for the token at t + 1, by both backends."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,25 @@ def test_transformers_scores_rows_of_any_length(teacher: Path, length: int) -> N
     assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-5)
 
 
-def test_vllm_scores_rows_of_any_length(teacher: Path) -> None:
-    from cluster.vllm_teacher import VllmTeacher
+@pytest.fixture(scope="module")
+def vllm_teacher(teacher: Path) -> Iterator[Any]:
+    """The real engine, shared; its sockets in a short folder of their own, since it leaves them behind."""
+    import tempfile
 
+    with tempfile.TemporaryDirectory(prefix="vllm", dir="/tmp") as sockets, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_RPC_BASE_PATH", sockets)
+        from cluster.vllm_teacher import VllmTeacher
+
+        config = TeacherConfig(model="", backend="vllm", dtype="float32", batch_tokens=256, gpu_memory_utilization=0.2)
+        backend = VllmTeacher(teacher, config, TargetsConfig(k=K), V, WINDOW)
+        yield backend
+        backend.engine.llm_engine.engine_core.shutdown()
+
+
+def test_vllm_scores_rows_of_any_length(vllm_teacher: Any, teacher: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, V, length).astype(np.int32) for length in (WINDOW, 2, 7, WINDOW, 3)]
-    config = TeacherConfig(model="", backend="vllm", dtype="float32", batch_tokens=256, gpu_memory_utilization=0.2)
-    backend = VllmTeacher(teacher, config, TargetsConfig(k=K), V, WINDOW)
-    for ids, targets in zip(rows, backend.score(rows), strict=True):
+    for ids, targets in zip(rows, vllm_teacher.score(rows), strict=True):
         assert len(targets.next_logprob_P) == len(ids) - 1
         assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-4)
 

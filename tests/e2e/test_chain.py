@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -42,9 +43,15 @@ class Started:
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self.log = log
+        self.temporary = tempfile.mkdtemp(prefix="ray", dir="/tmp")  # a killed driver cannot remove its own
         with open(log, "w") as out:
             self.process = subprocess.Popen(
-                [DECANT, *arguments], cwd=ROOT, start_new_session=True, stdout=out, stderr=subprocess.STDOUT
+                [DECANT, *arguments],
+                cwd=ROOT,
+                start_new_session=True,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "RAY_TMPDIR": self.temporary},
             )
 
     def wait_until(self, condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -58,7 +65,13 @@ class Started:
     def kill(self) -> None:
         """SIGKILL to the whole group."""
         os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.wait()
+
+    def wait(self) -> int:
+        """The exit code, when it has ended."""
+        code = self.process.wait(timeout=300)
+        shutil.rmtree(self.temporary, ignore_errors=True)
+        return code
 
 
 # Cache
@@ -138,7 +151,7 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
     driver = Started(shared / "resumed.log", *arguments)
     driver.wait_until(lambda: committed() > before)
     os.kill(worker_pids()[0], signal.SIGKILL)  # Ray starts it again, and its shard
-    assert driver.process.wait(timeout=300) == 0, driver.log.read_text()
+    assert driver.wait() == 0, driver.log.read_text()
     assert shard_bytes(folder) == quiet
     LogitStore.open(str(folder))
 
@@ -146,8 +159,6 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
 @pytest.fixture(scope="module")
 def ray_head() -> Iterator[dict[str, str]]:
     """A running cluster with token authentication, as `ray start --head` makes it; its clients' environment."""
-    import tempfile
-
     from training.engine import free_port
 
     folder = Path(tempfile.mkdtemp(prefix="head"))
