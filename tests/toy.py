@@ -68,4 +68,4 @@ def in_process_workers() -> Any:
         instance = worker(*arguments)
         yield from (getattr(instance, method)(item) for item in items)
 
-    return mock.patch.multiple(ray_cluster, session=session, map_workers=map_workers)
+    return mock.patch.multiple(ray_cluster, session=session, check_room=mock.Mock(), map_workers=map_workers)

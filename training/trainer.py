@@ -1,6 +1,6 @@
 """One rank of `decant train`: check, build, step until the tokens are spent, evaluate, save."""
 
-import time
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +16,7 @@ from training.evaluation import evaluate, held_out_prefixes
 from training.run_folder import RunFolder, writing
 from training.schedules import learning_rate
 from training.student import Student, build_student, check_architecture, check_tokenizer, save_tokenizer
+from training.watcher import Watcher
 
 
 class Prepared(NamedTuple):
@@ -133,7 +134,7 @@ def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
 def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int) -> Cursor:
     config, schedule = prepared.config, prepared.config.schedule
     engine.module.train()
-    with _Watcher(run, config, cursor, rank) as watch:
+    with Watcher(run, config, cursor, rank) as watch:
         while cursor.tokens_seen < schedule.total_tokens:
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
@@ -144,7 +145,7 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
             watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
-            if not all(map(_is_finite, terms.values())):
+            if not all(map(math.isfinite, terms.values())):
                 rows = [prefix.row for prefix in prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
             if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
@@ -158,54 +159,3 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
 
 def _crossed(every: int | None, before: Cursor, after: Cursor) -> bool:
     return every is not None and before.tokens_seen // every != after.tokens_seen // every
-
-
-def _is_finite(value: float) -> bool:
-    return value - value == 0
-
-
-class _Watcher:
-    """What a person sees of a run: metrics.jsonl, TensorBoard, a progress bar. Does nothing on other ranks."""
-
-    def __init__(self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int) -> None:
-        self.run, self.config, self.rank = run, config, rank
-        self.cursor, self.time = cursor, time.monotonic()
-
-    def __enter__(self) -> "_Watcher":
-        if self.rank == 0:
-            from rich.console import Console
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.cursor.step + 1)
-            console = Console(stderr=True)
-            columns = (TextColumn("train {task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
-            self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
-            total = self.config.schedule.total_tokens
-            self.task = self.bar.add_task(self.run.path.name, total=total, completed=self.cursor.tokens_seen, text="")
-            self.bar.start()
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        if self.rank == 0:
-            self.bar.stop()
-            self.writer.close()
-
-    def step(self, cursor: Cursor, values: dict[str, float]) -> None:
-        if self.rank == 0:
-            now, tokens = time.monotonic(), cursor.tokens_seen - self.cursor.tokens_seen
-            seconds = now - self.time
-            values = {**values, "seconds": seconds, "tokens_per_s": tokens / seconds, "epoch": cursor.epoch}
-            self.cursor, self.time = cursor, now
-            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **values})
-            for name, value in values.items():
-                self.writer.add_scalar(f"train/{name}", value, cursor.step)
-            text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  "
-            text += f"{values['tokens_per_s']:,.0f} tok/s"
-            self.bar.update(self.task, completed=cursor.tokens_seen, text=text)
-
-    def evaluation(self, cursor: Cursor, figures: dict[str, float]) -> None:
-        if self.rank == 0:
-            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
-            for name, value in figures.items():
-                self.writer.add_scalar(f"held_out/{name}", value, cursor.step)
