@@ -27,13 +27,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "configs", root / "configs")
     corpus = root / "configs/demo/corpus.py"
     text = corpus.read_text()
-    for name, value in (("TEACHER_CHARACTERS", 300_000), ("STUDENT_CHARACTERS", 400_000)):
+    for name, value in (("TEACHER_CHARACTERS", 150_000), ("STUDENT_CHARACTERS", 150_000)):
         text, count = re.subn(rf"^{name} = .*$", f"{name} = {value}", text, flags=re.MULTILINE)
         assert count == 1
     corpus.write_text(text)
     for path in (root / "configs/demo").glob("*.yaml"):
         text = re.sub(r"total_tokens: .*", "total_tokens: 20_000", path.read_text())
         text = re.sub(r"total_curriculum_tokens: .*", "total_curriculum_tokens: 10_000", text)
+        text = re.sub(r"held_out: .*", "held_out: 0.4", text)  # of some ten documents
         text = re.sub(r"(hidden_size|intermediate_size): .*", r"\1: 32", text)
         if path.name != "cache.yaml":
             text += "\nlauncher:\n  ranks: 2\n"
