@@ -20,6 +20,10 @@ CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.j
 LOCK = ".lock"
 
 
+TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
+"""By these words the RuntimeErrors of torch.save on a full disk are told from others."""
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn what libraries raise when a file cannot be written into one StudentError that names it."""
@@ -28,8 +32,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-            raise  # only that of torch.save is about the disk
+        if isinstance(error, RuntimeError) and not any(words in str(error) for words in TORCH_SAVE_ERRORS):
+            raise
         reason = " ".join(str(error).split())
         raise StudentError(
             f"{path} cannot be written: {reason}. What was saved before stays; free some space or choose another "

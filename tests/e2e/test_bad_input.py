@@ -244,6 +244,22 @@ def test_no_space_left_for_the_store(cache_yaml: str, tokens: Any, tmp_path: Pat
     assert ".tmp" not in done.stdout
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_no_space_left_for_a_checkpoint(student_yaml: str, store: Any, tmp_path: Path) -> None:
+    (tmp_path / "full").mkdir()
+    script = 'mount -t tmpfs -o size=300k none "$1" && { "$2" train "$3" run.path="$1/run" '
+    script += 'checkpoint.every_tokens=300; echo "exit $?"; }'
+    program = str(Path(sys.executable).parent / "decant")
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path / "full"), program, student_yaml],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert "exit 2" in done.stdout, done.stderr
+    assert "cannot be written" in done.stderr
+    assert "run the same command again" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def _yaml(path: str) -> dict[str, Any]:
     import yaml
 
