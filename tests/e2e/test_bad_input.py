@@ -227,17 +227,21 @@ def test_train_and_report_refuse_other_directories(
     assert "holds no run" in refused("report", str(tmp_path / "run"))
 
 
+def on_a_small_disk(size: str, folder: Path, command: str, config: str) -> subprocess.CompletedProcess[str]:
+    """Run `decant COMMAND` on a new disk of ``size``: in it $1 is the disk, $2 decant, $3 the config."""
+    folder.mkdir()
+    script = f'mount -t tmpfs -o size={size} none "$1" && {{ "$2" {command}; echo "exit $?"; ls -R "$1"; }}'
+    program = str(Path(sys.executable).parent / "decant")
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script, "sh", str(folder), program, config],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_no_space_left_for_the_store(cache_yaml: str, tokens: Any, tmp_path: Path) -> None:
     """The whole command on a disk of 100 kB: one line, and what was committed stays for the next attempt."""
-    (tmp_path / "full").mkdir()
-    script = 'mount -t tmpfs -o size=100k none "$1" && { "$2" cache "$3" store.path="$1/store"; echo "exit $?"; '
-    script += 'ls "$1/store/shards"; }'
-    program = str(Path(sys.executable).parent / "decant")
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path / "full"), program, cache_yaml],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    done = on_a_small_disk("100k", tmp_path / "full", 'cache "$3" store.path="$1/store"', cache_yaml)
     assert "exit 2" in done.stdout, done.stderr
     assert "no space left to write" in done.stderr
     assert "run the same command again" in done.stderr
@@ -246,14 +250,8 @@ def test_no_space_left_for_the_store(cache_yaml: str, tokens: Any, tmp_path: Pat
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_no_space_left_for_a_checkpoint(student_yaml: str, store: Any, tmp_path: Path) -> None:
-    (tmp_path / "full").mkdir()
-    script = 'mount -t tmpfs -o size=300k none "$1" && { "$2" train "$3" run.path="$1/run" '
-    script += 'checkpoint.every_tokens=300; echo "exit $?"; }'
-    program = str(Path(sys.executable).parent / "decant")
-    done = subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script, "sh", str(tmp_path / "full"), program, student_yaml],
-        cwd=ROOT, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    command = 'train "$3" run.path="$1/run" checkpoint.every_tokens=300'
+    done = on_a_small_disk("300k", tmp_path / "full", command, student_yaml)
     assert "exit 2" in done.stdout, done.stderr
     assert "cannot be written" in done.stderr
     assert "run the same command again" in done.stderr
