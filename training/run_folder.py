@@ -53,7 +53,8 @@ class RunFolder:
     def check(self, config: TrainConfig, identity: dict[str, Any]) -> None:
         """Refuse a directory that holds another run or something else. Writes nothing. Raises IdentityError."""
         if not (self.path / CONFIG).exists():
-            if self.path.exists() and any(self.path.iterdir()):
+            # Hidden files are our own lock and temporary files, of a run that died before it had a config.
+            if self.path.exists() and any(not path.name.startswith(".") for path in self.path.iterdir()):
                 raise IdentityError(f"{self.path} is not empty and holds no run: choose another run.path")
             return
         saved = yaml.safe_load((self.path / CONFIG).read_text())
