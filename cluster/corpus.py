@@ -1,5 +1,6 @@
 """Documents from the Hub or from files, read with `datasets`."""
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -7,7 +8,8 @@ import fsspec
 
 from cluster.config import SourceConfig
 from cluster.hashing import file_sha256
-from logit_store.errors import CorpusError
+from logit_store.errors import ConfigError, CorpusError
+from logit_store.shard import COLUMN_TYPES, RESERVED_COLUMNS
 
 ENDINGS = {
     ".json": "json",
@@ -72,6 +74,29 @@ def load_documents(source: SourceConfig) -> Any:
     if not any(document[source.text_column] for document in dataset):  # stops at the first with any text
         raise CorpusError("the corpus is empty: no document of it has any text")
     return dataset
+
+
+def column_types(documents: Any, names: Sequence[str]) -> dict[str, str]:
+    """The store's types of the columns that rows carry along.
+
+    Raises ConfigError: a column is missing, reserved, or of a type that stores do not carry.
+    """
+    types: dict[str, str] = {}
+    for name in names:
+        if name not in documents.column_names or name in RESERVED_COLUMNS:
+            raise ConfigError(
+                f"tokens.columns names {name!r}: the corpus has {', '.join(documents.column_names)}, "
+                f"and {', '.join(RESERVED_COLUMNS)} are the store's own"
+            )
+        found = str(getattr(documents.features[name], "dtype", "a list"))
+        kinds = {"string": "string", "int": "int64", "float": "float64", "bool": "bool", "large_string": "string"}
+        kind = next((kind for prefix, kind in kinds.items() if found.startswith(prefix)), None)
+        if kind is None:
+            raise ConfigError(
+                f"tokens.columns names {name!r}, which holds {found}: only {list(COLUMN_TYPES)} are carried"
+            )
+        types[name] = kind
+    return types
 
 
 def _load_or_explain(path: str, name: str | None, **options: Any) -> Any:

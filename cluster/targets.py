@@ -43,7 +43,7 @@ def select_targets(
     partitions = [(logits_NW / t).logsumexp(-1) - lse_N1[:, 0] / t for t in temperatures]
     rest_NW = logits_NW.scatter(-1, head_ids_NK, -torch.inf).scatter(-1, next_ids_N[:, None], -torch.inf)
     tail_N1 = rest_NW.logsumexp(-1, keepdim=True) - lse_N1
-    return Targets(
+    return Targets.of_heads(
         head_ids_NK.to(torch.int32).cpu().numpy(),
         head_logprobs_NK.cpu().numpy(),
         next_logprob_N1[:, 0].cpu().numpy(),

@@ -1,20 +1,22 @@
 """`decant tokenize`: documents become rows of tokens, in shards that every teacher can score."""
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
 from cluster import ray_cluster
 from cluster.config import CacheConfig, TokensConfig
-from cluster.corpus import corpus_identity, load_documents
+from cluster.corpus import column_types, corpus_identity, load_documents
 from cluster.progress import shard_progress
 from logit_store import SPLITS, Storage, TokenRow, TokenStore, writer
 from logit_store.errors import ConfigError, CorpusError
-from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, decode_tokens, encode_index
-from logit_store.identity import digest, text_id
+from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE
+from logit_store.identity import HEADER_IDENTITY, digest
 from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
 
-IDENTITY = ("kind", "corpus", "tokenizer", "window", "held_out", "num_shards")
+IDENTITY = HEADER_IDENTITY["tokens"]
 
 
 def tokenize(config: CacheConfig) -> TokenStore:
@@ -30,14 +32,15 @@ def tokenize(config: CacheConfig) -> TokenStore:
         num_shards = header["num_shards"]
         todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
         with ray_cluster.session(config.cluster), shard_progress("tokenize", num_shards, num_shards - len(todo)) as bar:
-            writer.begin(storage, header, IDENTITY)
-            for record in ray_cluster.map_tasks(tokenize_shard, [(tokens, shard) for shard in todo]):
+            header = writer.begin(storage, header, IDENTITY)
+            for record in ray_cluster.map_tasks(tokenize_shard, [(tokens, header, shard) for shard in todo]):
                 bar(record)
-        _finish(storage, header, tokens)
+        files = tokenizer_files(load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision))
+        writer.finish(storage, header, files)
     return TokenStore.open(tokens.path)
 
 
-def tokenize_shard(tokens: TokensConfig, shard: int) -> dict[str, Any]:
+def tokenize_shard(tokens: TokensConfig, header: dict[str, Any], shard: int) -> dict[str, Any]:
     """Tokenise the ``shard``-th of ``num_shards`` stretches of documents and commit it."""
     documents = load_documents(tokens.source)
     num_shards = min(tokens.num_shards, len(documents))
@@ -45,33 +48,43 @@ def tokenize_shard(tokens: TokensConfig, shard: int) -> dict[str, Any]:
     tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
     rows: list[TokenRow] = []
     for first in range(start, stop, 256):
-        texts = documents[first : min(first + 256, stop)][tokens.source.text_column]
-        rows += document_rows(texts, tokenizer, tokens.window, tokens.held_out)
-    return writer.commit_tokens(Storage(tokens.path), shard, rows)
+        batch = documents[first : min(first + 256, stop)]
+        carried = {name: batch[name] for name in tokens.columns}
+        texts = batch[tokens.source.text_column]
+        rows += document_rows(texts, tokenizer, tokens.window, tokens.held_out, carried)
+    return writer.commit_tokens(Storage(tokens.path), shard, rows, header)
 
 
-def document_rows(texts: list[str], tokenizer: Any, window: int, held_out: float) -> list[TokenRow]:
+def document_rows(
+    texts: list[str],
+    tokenizer: Any,
+    window: int,
+    held_out: float,
+    columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
+) -> list[TokenRow]:
     """Rows of the documents, in order: tokens and one end-of-text token, cut into consecutive windows.
 
-    Documents without text give no rows. A document's split is decided by its text alone, so that a
-    duplicate of a held-out document is held out as well. Raises CorpusError where a text is not a string.
+    Each row carries its document's values of ``columns``. Documents without text give no rows. A document's split is
+    decided by its text alone, so that a duplicate of a held-out document is held out as well. Raises CorpusError where
+    a text is not a string.
     """
     for text in texts:
         if text is not None and not isinstance(text, str):
             raise CorpusError(
                 f"a document's text is {type(text).__name__}, not a string: set tokens.source.text_column"
             )
-    texts = [text for text in texts if text]
-    if not texts:
+    filled = [i for i, text in enumerate(texts) if text]
+    if not filled:
         return []
     rows = []
-    for text, ids in zip(texts, tokenizer(texts)["input_ids"], strict=True):
+    for i, ids in zip(filled, tokenizer([texts[i] for i in filled])["input_ids"], strict=True):
+        text, carried = texts[i], {name: values[i] for name, values in columns.items()}
         if not ids or ids[-1] != tokenizer.eos_token_id:
             ids = [*ids, tokenizer.eos_token_id]
         number = int(digest(text.encode("utf-8", "surrogatepass"))[:16], 16) >> 1  # 63 bits
         split = SPLITS[number < held_out * 2**63]
         for start in range(0, len(ids), window):
-            rows.append(TokenRow(number, split, np.asarray(ids[start : start + window], np.int32)))
+            rows.append(TokenRow(number, split, np.asarray(ids[start : start + window], np.int32), None, carried))
     return rows
 
 
@@ -94,7 +107,8 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
 def _header(tokens: TokensConfig) -> dict[str, Any]:
     corpus = corpus_identity(tokens.source)
     tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
-    num_documents = len(load_documents(tokens.source))
+    documents = load_documents(tokens.source)
+    num_documents = len(documents)
     return {
         "kind": TokenStore.kind,
         "corpus": corpus,
@@ -104,27 +118,6 @@ def _header(tokens: TokensConfig) -> dict[str, Any]:
         "vocabulary_size": vocabulary_size(tokenizer),
         "window": tokens.window,
         "held_out": tokens.held_out,
+        "columns": column_types(documents, tokens.columns),
         "num_shards": min(tokens.num_shards, num_documents),
     }
-
-
-def _finish(storage: Storage, header: dict[str, Any], tokens: TokensConfig) -> None:
-    records = writer.committed(storage, header["num_shards"])
-    shas = [records[shard]["sha256"] for shard in sorted(records)]
-    header = header | {"text_id": text_id(header["tokenizer"]["vocabulary_sha256"], shas)}
-    files = tokenizer_files(load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision))
-    writer.finish(storage, header, _index(storage, records), files)
-
-
-def _index(storage: Storage, records: dict[int, writer.Record]) -> bytes:
-    import pyarrow as pa
-
-    lengths: list[int] = []
-    splits: list[int] = []
-    for _, record in sorted(records.items()):
-        reader = pa.ipc.open_file(pa.py_buffer(storage.read(f"shards/{record['object']}")))
-        for batch in map(reader.get_batch, range(reader.num_record_batches)):
-            rows = [decode_tokens(batch, i) for i in range(batch.num_rows)]
-            lengths += [len(row.input_ids_T) for row in rows]
-            splits += [SPLITS.index(row.split) for row in rows]
-    return encode_index(np.asarray(lengths, np.int32), np.asarray(splits, np.int8))

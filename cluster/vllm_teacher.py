@@ -71,7 +71,7 @@ class VllmTeacher:
         logprobs = np.asarray(flat.logprobs, np.float32)
         parts = [self._position(ids[a:b], logprobs[a:b]) for a, b in zip(starts, ends, strict=True)]
         head_ids, head_logprobs, next_logprob, tail = (np.stack(column) for column in zip(*parts, strict=True))
-        return Targets(head_ids, head_logprobs, next_logprob, tail, np.zeros((len(parts), 0), np.float32))
+        return Targets.of_heads(head_ids, head_logprobs, next_logprob, tail)
 
     def _position(self, ids: np.ndarray, logprobs: np.ndarray) -> tuple[np.ndarray, ...]:
         next_id, next_logprob = ids[0], logprobs[0]

@@ -3,9 +3,16 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from logit_store.errors import IdentityError
+
+HEADER_IDENTITY = {
+    "tokens": ("kind", "corpus", "tokenizer", "window", "held_out", "num_shards", "columns"),
+    "logits": ("kind", "labels_id", "labels", "codec", "tail", "num_shards", "columns"),
+}
+"""Fields of the header that are equal in all attempts at one store; the rest is provenance or follows from them."""
 
 
 def canonical_json(value: Any) -> bytes:
@@ -18,14 +25,20 @@ def digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of a local file, read in pieces."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def digest_json(value: Any) -> str:
     """SHA-256 of ``canonical_json(value)``."""
     return digest(canonical_json(value))
 
 
-def text_id(vocabulary_sha256: str, shard_sha256s: Iterable[str]) -> str:
-    """Identity of tokenised text: the vocabulary map and the token shards, in order."""
-    return digest_json({"vocabulary": vocabulary_sha256, "shards": list(shard_sha256s)})
+def text_id(vocabulary_sha256: str, text_sha256s: Iterable[str]) -> str:
+    """Identity of tokenised text: the vocabulary map and the rows of the shards (`text_sha256`), in order."""
+    return digest_json({"vocabulary": vocabulary_sha256, "shards": list(text_sha256s)})
 
 
 def labels_id(fields: Mapping[str, Any]) -> str:

@@ -1,129 +1,175 @@
-"""Reading a finished store: any row by number, each shard's checksum verified when it is first touched."""
+"""Reading a finished store: any row by number, every byte verified before it is believed."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from logit_store.errors import CorruptError, FormatError, NotFinishedError, StoreError
-from logit_store.format import (
-    FILE_NAME,
-    HEADER,
-    INDEX,
-    MANIFEST,
-    OBJECT_NAME,
-    decode_logits,
-    decode_tokens,
-    record_name,
-    unseal,
-)
+from logit_store.codec.blocks import Tokens
+from logit_store.codec.levels import CodecConfig
+from logit_store.errors import CorruptError, StoreError
+from logit_store.format import INDEX, SHARDS, describe, object_name
 from logit_store.identity import digest
+from logit_store.index import Index, ShardTable
+from logit_store.manifest import layout_of, read_manifest
 from logit_store.rows import SPLITS, LogitRow, TokenRow
+from logit_store.shard import REDO, Shard, shard_schema, split_rows
+from logit_store.shard_cache import ShardCache
 from logit_store.storage import Storage
 
 RowT = TypeVar("RowT")
+T = TypeVar("T")
+OPEN_SHARDS = 256
+"""Shards kept mapped: a file descriptor and a few kilobytes each."""
 
 
 class _Store(ABC, Generic[RowT]):
-    """What token and logit stores share: manifest, index, and rows by number."""
+    """What token and logit stores share: manifest, index, and rows by number.
+
+    Also a map-style dataset for ``torch.utils.data.DataLoader``: it has a length, rows by number, and can be sent to
+    worker processes, which open it again.
+    """
 
     kind: str
 
-    def __init__(self, storage: Storage, manifest: dict[str, Any]) -> None:
-        self.storage = storage
-        self.manifest = manifest
-        index = self._verified(INDEX, manifest["index_sha256"])
-        columns = pa.ipc.open_file(pa.py_buffer(index)).read_all()
-        self.lengths_N: NDArray[np.int32] = columns["length"].to_numpy()
-        """Tokens of each row."""
-        self._splits_N: NDArray[np.int8] = columns["split"].to_numpy()
-        counts = [shard["rows"] for shard in manifest["shards"]]
-        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-        if self._starts[-1] != len(self.lengths_N):
-            raise CorruptError(f"{storage.url}: index and shards disagree on the number of rows")
-        self._reader = lru_cache(maxsize=256)(self._open_shard)
-        self._verified_shards: set[int] = set()
-        self._batch = lru_cache(maxsize=2)(self._read_batch)
+    def __init__(self, storage: Storage, manifest: dict[str, Any], cache: ShardCache | None = None) -> None:
+        self.storage, self.manifest = storage, manifest
+        self._cache = cache or ShardCache()
+        self._layout = layout_of(manifest)
+        self._schema = shard_schema(describe(manifest), manifest["columns"], np.zeros(1, np.float32))
+        self.shards = ShardTable(self._verified(SHARDS, manifest["shards_sha256"]), storage.path(SHARDS))
+        """Figures of each shard."""
+        if len(self.shards) != manifest["num_shards"] or self.shards.starts[-1] != manifest["num_rows"]:
+            raise CorruptError(f"{storage.url}: the manifest and {SHARDS} disagree. Restore the store from a copy")
+        index = manifest["index"]
+        data = self._map(INDEX)
+        self.index = Index(data, index["bytes"], index["crc32"], manifest["num_rows"], storage.path(INDEX))
+        """Length and split of each row."""
+        self._shard = lru_cache(maxsize=OPEN_SHARDS)(self._open_shard)
+        self._block = lru_cache(maxsize=2)(self._read_block)
+        self._token_block = lru_cache(maxsize=2)(self._read_token_block)
 
     def __len__(self) -> int:
-        return len(self.lengths_N)
+        return int(self.shards.starts[-1])
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.storage, self.manifest, self._cache)
 
     def __getitem__(self, row: int) -> RowT:
         """Row number ``row``. Raises IndexError, CorruptError."""
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of a store of {len(self)} rows")
-        shard = int(np.searchsorted(self._starts, row, side="right")) - 1
-        batch, i = divmod(row - int(self._starts[shard]), self.manifest["shards"][shard]["rows_per_batch"])
-        return self._decode(self._batch(shard, batch), i)
+        shard, block, i = self._find(row)
+        return self._row(shard, block, i)
+
+    def tokens(self, row: int) -> TokenRow:
+        """The tokens of row number ``row``, without the cost of its labels. Raises IndexError, CorruptError."""
+        shard, block, i = self._find(row)
+        return self._token_block(shard, block)[i]
 
     def rows(self, split: str) -> NDArray[np.int64]:
         """Numbers of the rows in ``split``, ascending."""
-        return np.flatnonzero(self._splits_N == SPLITS.index(split))
+        return np.flatnonzero(self.index.splits_N == SPLITS.index(split))
+
+    @property
+    def lengths_N(self) -> NDArray[np.int32]:
+        """Tokens of each row."""
+        return self.index.lengths_N
 
     def shard_rows(self, shard: int) -> range:
         """Numbers of a shard's rows."""
-        return range(int(self._starts[shard]), int(self._starts[shard + 1]))
+        return range(int(self.shards.starts[shard]), int(self.shards.starts[shard + 1]))
 
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files, verified: name → bytes."""
-        for name in self.manifest["files"]:
-            if not FILE_NAME.fullmatch(name):
-                raise CorruptError(f"{self.storage.url}: the manifest names a file {name!r} that no store has")
-        return {name: self._verified(name, sha256) for name, sha256 in self.manifest["files"].items()}
+        return {name: self._verified(name, sha256).to_pybytes() for name, sha256 in self.manifest["files"].items()}
 
-    def index(self) -> bytes:
-        """The index file's bytes, verified."""
-        return self._verified(INDEX, self.manifest["index_sha256"])
+    def shard_name(self, shard: int) -> str:
+        """Name of a shard's file."""
+        return object_name(shard, self.shards.hash("sha256", shard))
+
+    def open_shard(self, shard: int) -> Shard:
+        """A shard, its prefix verified. Raises CorruptError, FormatError."""
+        return self._shard(shard)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards."""
-        return sum(shard["bytes"] for shard in self.manifest["shards"])
+        return int(self.shards.total("bytes"))
 
     @property
     def num_positions(self) -> int:
         """Positions of all rows: tokens that have a prediction."""
-        return sum(shard["positions"] for shard in self.manifest["shards"])
+        return int(self.shards.total("positions"))
 
     @abstractmethod
-    def _decode(self, batch: pa.RecordBatch, i: int) -> RowT:
-        """Row ``i`` of a record batch."""
+    def _row(self, shard: int, block: int, i: int) -> RowT:
+        """Row ``i`` of a block."""
 
-    def _read_batch(self, shard: int, batch: int) -> pa.RecordBatch:
-        return self._reader(shard).get_batch(batch)
+    def _find(self, row: int) -> tuple[int, int, int]:
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of a store of {len(self)} rows")
+        shard, in_shard = self.shards.shard_of(row)
+        return shard, *self._shard(shard).block_of(in_shard)
 
-    def _open_shard(self, shard: int) -> pa.RecordBatchFileReader:
-        record = self.manifest["shards"][shard]
-        if not OBJECT_NAME.fullmatch(record["object"]):
-            raise CorruptError(f"{self.storage.url}: shard {shard} names an object {record['object']!r}")
-        name = f"shards/{record['object']}"
-        path = self.storage.path(name)
+    def _read_token_block(self, shard: int, block: int) -> list[TokenRow]:
+        tokens: Tokens = self._retried(shard, lambda opened: opened.tokens(block))
+        return self._shard(shard).token_rows(block, tokens)
+
+    def _read_block(self, shard: int, block: int) -> list[LogitRow]:
+        tokens, targets = self._retried(shard, lambda opened: opened.decode(block))
+        return list(split_rows(self._shard(shard).token_rows(block, tokens), targets))
+
+    def _retried(self, shard: int, read: Callable[[Shard], T]) -> T:
+        """What ``read`` gets of a shard; where a copy of a remote shard was damaged, of a new copy."""
         try:
-            if not self.storage.is_local:  # fetched once to a local temporary file, then mapped like any other
-                path = fsspec.open_local(f"simplecache::{self.storage.fs.unstrip_protocol(path)}")
-            data = pa.memory_map(path).read_buffer()
-        except FileNotFoundError:
-            raise CorruptError(f"{self.storage.path(name)} is missing. {_REDO}") from None
-        if shard not in self._verified_shards and digest(data) != record["sha256"]:
-            raise CorruptError(f"{self.storage.path(name)} is damaged: its checksum does not match. {_REDO}")
-        self._verified_shards.add(shard)
-        return pa.ipc.open_file(data)
+            return read(self._shard(shard))
+        except CorruptError:
+            if self.storage.is_local:
+                raise
+            self._cache.discard(self.shards.hash("sha256", shard))
+            self._shard.cache_clear()
+            return read(self._shard(shard))
 
-    def _verified(self, name: str, sha256: str) -> bytes:
+    def _open_shard(self, shard: int) -> Shard:
+        if self.storage.is_local:
+            return self._checked(shard, self._map(self.shard_name(shard)))
         try:
-            data = self.storage.read(name)
+            return self._checked(shard, self._fetched(shard))
+        except CorruptError:
+            self._cache.discard(self.shards.hash("sha256", shard))
+            return self._checked(shard, self._fetched(shard))
+
+    def _checked(self, shard: int, data: pa.Buffer) -> Shard:
+        columns, path = self.shards.columns, self.storage.path(self.shard_name(shard))
+        if data.size != columns["bytes"][shard]:
+            raise CorruptError(f"{path} is damaged: it has {data.size:,} bytes of {columns['bytes'][shard]:,}. {REDO}")
+        prefix = (int(columns["prefix_bytes"][shard]), int(columns["prefix_crc32"][shard]))
+        opened = Shard(data, path, prefix, self._layout, self._schema)
+        if opened.first_rows[-1] != columns["rows"][shard]:
+            raise CorruptError(f"{path} does not have the rows that {SHARDS} says. {REDO}")
+        return opened
+
+    def _fetched(self, shard: int) -> pa.Buffer:
+        name = self.shard_name(shard)
+        try:
+            return pa.memory_map(self._cache.fetch(self.storage, name, self.shards.hash("sha256", shard))).read_buffer()
         except FileNotFoundError:
-            raise CorruptError(f"{self.storage.path(name)} is missing. {_REDO}") from None
+            raise CorruptError(f"{self.storage.path(name)} is missing. {REDO}") from None
+
+    def _map(self, name: str) -> pa.Buffer:
+        try:
+            return self.storage.map(name)
+        except FileNotFoundError:
+            raise CorruptError(f"{self.storage.path(name)} is missing. {REDO}") from None
+
+    def _verified(self, name: str, sha256: str) -> pa.Buffer:
+        data = self._map(name)
         if digest(data) != sha256:
-            raise CorruptError(f"{self.storage.path(name)} is damaged: its checksum does not match. {_REDO}")
+            raise CorruptError(f"{self.storage.path(name)} is damaged: its checksum does not match. {REDO}")
         return data
-
-
-_REDO = "Restore it from a copy, or make the store again"
 
 
 class TokenStore(_Store[TokenRow]):
@@ -132,12 +178,12 @@ class TokenStore(_Store[TokenRow]):
     kind = "tokens"
 
     @classmethod
-    def open(cls, url: str) -> "TokenStore":
+    def open(cls, url: str, cache: ShardCache | None = None) -> "TokenStore":
         """Open a finished token store. Raises StoreError."""
-        return _open(cls, url)
+        return _open(cls, url, cache)
 
-    def _decode(self, batch: pa.RecordBatch, i: int) -> TokenRow:
-        return decode_tokens(batch, i)
+    def _row(self, shard: int, block: int, i: int) -> TokenRow:
+        return self._token_block(shard, block)[i]
 
 
 class LogitStore(_Store[LogitRow]):
@@ -146,12 +192,24 @@ class LogitStore(_Store[LogitRow]):
     kind = "logits"
 
     @classmethod
-    def open(cls, url: str) -> "LogitStore":
-        """Open a finished logit store. Raises StoreError."""
-        return _open(cls, url)
+    def open(cls, url: str, cache: ShardCache | None = None) -> "LogitStore":
+        """Open a finished logit store at a local path or any fsspec URL; of a remote one, shards are kept in ``cache``.
 
-    def _decode(self, batch: pa.RecordBatch, i: int) -> LogitRow:
-        return decode_logits(batch, i)
+        Raises StoreError.
+        """
+        return _open(cls, url, cache)
+
+    @property
+    def codec(self) -> CodecConfig:
+        """How log-probs are stored."""
+        return CodecConfig(**self.manifest["codec"])
+
+    def read(self, rows: Iterable[int]) -> list[LogitRow]:
+        """Several rows, in this order; rows of one block are cheapest one after the other."""
+        return [self[int(row)] for row in rows]
+
+    def _row(self, shard: int, block: int, i: int) -> LogitRow:
+        return self._block(shard, block)[i]
 
 
 StoreT = TypeVar("StoreT", TokenStore, LogitStore)
@@ -164,26 +222,9 @@ def open_store(url: str) -> TokenStore | LogitStore:
     return LogitStore(storage, manifest) if manifest["kind"] == LogitStore.kind else TokenStore(storage, manifest)
 
 
-def _open(cls: type[StoreT], url: str) -> StoreT:
+def _open(cls: type[StoreT], url: str, cache: ShardCache | None) -> StoreT:
     storage = Storage(url)
     manifest = read_manifest(storage)
     if manifest["kind"] != cls.kind:
         raise StoreError(f"{url} holds {manifest['kind']}, but {cls.kind} are needed here")
-    return cls(storage, manifest)
-
-
-def read_manifest(storage: Storage) -> dict[str, Any]:
-    """The manifest of a finished store. Raises FormatError, NotFinishedError, CorruptError."""
-    if storage.exists(MANIFEST):
-        return unseal(storage.read(MANIFEST), "manifest", storage.path(MANIFEST))
-    if not storage.exists(HEADER):
-        raise FormatError(f"{storage.url} holds no decant store (no {MANIFEST}, no {HEADER})")
-    header = unseal(storage.read(HEADER), "header", storage.path(HEADER))
-    total = int(header["num_shards"])
-    names = set(storage.names("shards"))
-    done = sum(record_name(shard).removeprefix("shards/") in names for shard in range(total))
-    verb = "cache" if header["kind"] == LogitStore.kind else "tokenize"
-    raise NotFinishedError(
-        f"{storage.url} is not finished: {done} of {total} shards are committed. "
-        f"Run the same `decant {verb}` command again; it goes on from there"
-    )
+    return cls(storage, manifest, cache)

@@ -1,15 +1,17 @@
 """What a row is: its tokens and, at each of its positions, the teacher's distribution.
 
-Shapes: T tokens, P = T − 1 positions, K head entries, S stored temperatures.
+Shapes: T tokens, P = T − 1 positions, N head entries and M sampled entries of all positions together,
+S stored temperatures, F forced ids.
 """
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 SPLITS = ("train", "held_out")
-"""Names of the splits; the index stores a row's split as its place in this tuple."""
+"""Names of the splits; the files store a row's split as its place in this tuple."""
 
 
 class TokenRow(NamedTuple):
@@ -20,18 +22,25 @@ class TokenRow(NamedTuple):
     split: str
     """One of ``SPLITS``, fixed by the document's hash."""
     input_ids_T: NDArray[np.int32]
+    loss_mask_P: NDArray[np.bool_] | None = None
+    """Which positions carry loss; None for all of them, and always so where a reader finds that all do."""
+    columns: Mapping[str, Any] = {}
+    """Values of the metadata columns that the store carries, by name."""
 
 
 class Targets(NamedTuple):
     """The teacher's distributions of one row. Position t is its distribution for ``input_ids[t + 1]``.
 
-    Kept ids are the head and the next token; the tail is everything else, teacher rows beyond the
-    tokenizer's vocabulary included.
+    Kept ids are the head, the next token and the forced ids; the tail is everything else, teacher rows
+    beyond the tokenizer's vocabulary included. Heads may have any number of entries: those of position t
+    are ``head_ids_N[offsets[t] : offsets[t + 1]]`` with ``offsets = offsets_of(head_counts_P)``.
     """
 
-    head_ids_PK: NDArray[np.int32]
-    """The K most probable ids below V, most probable first; ties go to the lower id."""
-    head_logprobs_PK: NDArray[np.float32]
+    head_counts_P: NDArray[np.int32]
+    """Head entries of each position, 0 to V."""
+    head_ids_N: NDArray[np.int32]
+    """Their ids, no id twice in a position. A reader gives them in ascending order, a writer takes any."""
+    head_logprobs_N: NDArray[np.float32]
     """Their log-probabilities at temperature 1 under the teacher's full softmax."""
     next_logprob_P: NDArray[np.float32]
     """Log-probability of ``input_ids[t + 1]``, whether the head holds it or not."""
@@ -39,6 +48,51 @@ class Targets(NamedTuple):
     """Log of the summed probability of everything that is not kept; −inf where nothing is left."""
     log_partition_PS: NDArray[np.float32]
     """A_T = log Σ_v p_v^(1/T) for each stored temperature."""
+    forced_logprobs_PF: NDArray[np.float32]
+    """Log-probabilities of the ids that the store keeps at every position, in the head or not."""
+    sampled_counts_P: NDArray[np.int32]
+    """Draws from the tail at each position; of m draws each stands for 1/m of the tail's mass."""
+    sampled_ids_M: NDArray[np.int32]
+    """The drawn ids, repeats kept as repeats, ascending in each position when read."""
+
+    @classmethod
+    def of_heads(
+        cls,
+        head_ids_PK: NDArray[Any],
+        head_logprobs_PK: NDArray[Any],
+        next_logprob_P: NDArray[Any],
+        tail_logmass_P: NDArray[Any],
+        log_partition_PS: NDArray[Any] | None = None,
+    ) -> "Targets":
+        """Targets whose heads all have K entries, without forced ids and samples."""
+        num_positions, k = head_ids_PK.shape
+        none = np.zeros((num_positions, 0), np.float32)
+        return cls(
+            np.full(num_positions, k, np.int32),
+            head_ids_PK.reshape(-1).astype(np.int32, copy=False),
+            head_logprobs_PK.reshape(-1).astype(np.float32, copy=False),
+            next_logprob_P,
+            tail_logmass_P,
+            none if log_partition_PS is None else log_partition_PS,
+            none,
+            np.zeros(num_positions, np.int32),
+            np.zeros(0, np.int32),
+        )
+
+    def padded_heads(self, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ids and log-probs as [P, width] arrays; a position's free places hold id 0 with log-prob −inf.
+
+        A view where every head has exactly ``width`` entries. Raises ValueError where one has more.
+        """
+        shape = (len(self.head_counts_P), width)
+        if len(self.head_ids_N) == shape[0] * width and (self.head_counts_P == width).all():
+            return self.head_ids_N.reshape(shape), self.head_logprobs_N.reshape(shape)
+        if self.head_counts_P.max(initial=0) > width:
+            raise ValueError(f"a head of {self.head_counts_P.max()} entries does not fit in {width} places")
+        taken_PK = np.arange(width) < self.head_counts_P[:, None]
+        ids_PK, logprobs_PK = np.zeros(shape, np.int32), np.full(shape, -np.inf, np.float32)
+        ids_PK[taken_PK], logprobs_PK[taken_PK] = self.head_ids_N, self.head_logprobs_N
+        return ids_PK, logprobs_PK
 
 
 class LogitRow(NamedTuple):
@@ -46,3 +100,10 @@ class LogitRow(NamedTuple):
 
     tokens: TokenRow
     targets: Targets
+
+
+def offsets_of(counts: NDArray[Any]) -> NDArray[np.int64]:
+    """``[0, c0, c0 + c1, …]``: where each item's entries begin in a flat array, and where the last end."""
+    offsets = np.zeros(len(counts) + 1, np.int64)
+    np.cumsum(counts, out=offsets[1:])
+    return offsets

@@ -3,13 +3,20 @@
 import errno
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
 from logit_store.errors import StoreError
+from logit_store.format import TEMPORARY_SUFFIX
+
+PIECE_BYTES = 8 * 2**20
+"""Read at a time of files that are looked at whole: large enough for object stores, small beside a shard."""
 
 
 class Storage:
@@ -37,20 +44,41 @@ class Storage:
         """All bytes of a file. Raises FileNotFoundError."""
         return bytes(self.fs.cat_file(self.path(name)))
 
+    def map(self, name: str) -> pa.Buffer:
+        """All bytes of a file, mapped where it is local. Raises FileNotFoundError."""
+        if not self.is_local:
+            return pa.py_buffer(self.read(name))
+        if not os.path.getsize(self.path(name)):
+            return pa.py_buffer(b"")  # nothing cannot be mapped
+        return pa.memory_map(self.path(name)).read_buffer()
+
     def names(self, folder: str) -> list[str]:
-        """Sorted names of the files in ``folder``, without the folder; empty where there is no such folder."""
+        """Sorted names of files and folders in ``folder``, without it; empty where there is no such folder."""
         self.fs.invalidate_cache()
-        if not self.fs.exists(self.path(folder)):
+        path = self.path(folder).rstrip("/")
+        if not self.fs.exists(path):
             return []
-        return sorted(str(p).rsplit("/", 1)[-1] for p in self.fs.ls(self.path(folder), detail=False))
+        return sorted(str(p).rstrip("/").rsplit("/", 1)[-1] for p in self.fs.ls(path, detail=False))
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every file below, in folders of folders too, by name."""
+        self.fs.invalidate_cache()
+        found = self.fs.find(self.root, detail=True)
+        return {str(path).removeprefix(f"{self.root}/"): int(info["size"] or 0) for path, info in sorted(found.items())}
+
+    def pieces(self, name: str, piece_bytes: int = PIECE_BYTES) -> Iterator[bytes]:
+        """A file's bytes, ``piece_bytes`` at a time: never a whole shard in memory. Raises FileNotFoundError."""
+        with self.fs.open(self.path(name), "rb") as file:
+            while piece := file.read(piece_bytes):
+                yield piece
 
     def is_empty(self) -> bool:
-        """Whether nothing at all is stored here."""
-        return not self.fs.exists(self.root) or not self.fs.ls(self.root, detail=False)
+        """Whether nothing is stored here, temporary files of dead writers aside."""
+        return not any(not name.endswith(TEMPORARY_SUFFIX) for name in self.names(""))
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens where it is gone already."""
-        if self.exists(name):
+        with suppress(FileNotFoundError):
             self.fs.rm_file(self.path(name))
 
     def create(self, name: str, data: bytes) -> bool:
@@ -88,9 +116,6 @@ class Storage:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
-
-
-TEMPORARY_SUFFIX = ".tmp"
 
 
 def _sync_folder(folder: Path) -> None:

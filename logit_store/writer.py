@@ -1,24 +1,32 @@
 """How a store comes to be: a header first, shards committed by whoever is first, the manifest last."""
 
+import base64
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from logit_store.errors import IdentityError, NotFinishedError
+from logit_store.codec.levels import CodecConfig
+from logit_store.encode import Encoded, encode_logits, encode_tokens
+from logit_store.errors import CorruptError, IdentityError, NotFinishedError
 from logit_store.format import (
     HEADER,
     INDEX,
     MANIFEST,
-    encode_logits,
-    encode_tokens,
+    SHARDS,
+    TEMPORARY_SUFFIX,
+    describe,
     object_name,
     record_name,
     seal,
     unseal,
 )
-from logit_store.identity import digest, require_equal
-from logit_store.rows import LogitRow, TokenRow
+from logit_store.identity import digest, require_equal, text_id
+from logit_store.index import encode_index, encode_shards, page_checksums
+from logit_store.manifest import layout_of
+from logit_store.record import rows_of_record
+from logit_store.rows import SPLITS, LogitRow, TokenRow
 from logit_store.storage import Storage
 
 Record = dict[str, Any]
@@ -58,29 +66,36 @@ def begin(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> 
     return unseal(storage.read(HEADER), "header", storage.path(HEADER))
 
 
-def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow]) -> Record:
+def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow], header: dict[str, Any]) -> Record:
     """Encode and commit a token shard; the record that stands, whoever wrote it."""
-    data, rows_per_batch = encode_tokens(rows, {})
-    return _commit(storage, shard, data, rows_per_batch, [row.input_ids_T for row in rows], {})
+    encoded = encode_tokens(rows, layout_of(header), header["columns"], describe(header))
+    return _commit(storage, shard, encoded, rows)
 
 
-def commit_logits(storage: Storage, shard: int, rows: Sequence[LogitRow], logprob_dtype: str, labels_id: str) -> Record:
-    """Encode and commit a logit shard; the record that stands, whoever wrote it."""
-    data, rows_per_batch = encode_logits(rows, logprob_dtype, {"decant.labels_id": labels_id})
-    kept_mass = sum(float(-np.expm1(row.targets.tail_logmass_P.astype(np.float64)).sum()) for row in rows)
-    ids = [row.tokens.input_ids_T for row in rows]
-    return _commit(storage, shard, data, rows_per_batch, ids, {"kept_mass": kept_mass})
+def commit_logits(storage: Storage, shard: int, rows: Sequence[LogitRow], header: dict[str, Any]) -> Record:
+    """Encode and commit a logit shard; the record that stands, whoever wrote it.
+
+    Raises StoreError: the labels are no distributions, or cannot be stored within the codec's bounds.
+    """
+    codec = CodecConfig(**header["codec"])
+    encoded = encode_logits(rows, layout_of(header), codec, header["columns"], describe(header))
+    return _commit(storage, shard, encoded, [row.tokens for row in rows])
 
 
 def committed(storage: Storage, num_shards: int) -> dict[int, Record]:
     """The commit records that are there, by shard."""
     names = set(storage.names("shards"))
     wanted = [s for s in range(num_shards) if record_name(s).removeprefix("shards/") in names]
-    return {shard: _read_record(storage, shard) for shard in wanted}
+    return {shard: read_record(storage, shard) for shard in wanted}
 
 
-def finish(storage: Storage, header: dict[str, Any], index: bytes, files: dict[str, bytes]) -> dict[str, Any]:
-    """Write index and ``files`` (name → bytes), then the manifest; remove what dead attempts left.
+def read_record(storage: Storage, shard: int) -> Record:
+    """A shard's commit record. Raises CorruptError, FormatError."""
+    return unseal(storage.read(record_name(shard)), "record", storage.path(record_name(shard)))
+
+
+def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) -> dict[str, Any]:
+    """Write index, table of shards and ``files`` (name → bytes), then the manifest; remove what dead attempts left.
 
     Raises NotFinishedError when a shard is missing.
     """
@@ -88,45 +103,85 @@ def finish(storage: Storage, header: dict[str, Any], index: bytes, files: dict[s
     records = committed(storage, num_shards)
     if len(records) < num_shards:
         raise NotFinishedError(f"{storage.url}: {num_shards - len(records)} of {num_shards} shards are not committed")
-    for name, data in {INDEX: index, **files}.items():
+    ordered = [records[shard] for shard in range(num_shards)]
+    found = text_id(header["tokenizer"]["vocabulary_sha256"], [record["text_sha256"] for record in ordered])
+    if header.get("text_id", found) != found:
+        raise IdentityError(
+            f"{storage.url}: its shards are not of text_id {header['text_id'][:12]}…: the token "
+            "shards have changed since it was begun. Make the store again in an empty directory"
+        )
+    index, shards = _index(ordered), encode_shards(ordered)
+    for name, data in {INDEX: index, SHARDS: shards, **files}.items():
         if not storage.create(name, data) and storage.read(name) != data:
             storage.delete(name)  # left by an attempt that died before the manifest, with another library version
             storage.create(name, data)
-    named = {record["object"] for record in records.values()} | {f"{shard:06d}.json" for shard in records}
-    for name in storage.names("shards"):
-        if name not in named:
-            storage.delete(f"shards/{name}")
+    _remove_strays(storage, records)
     manifest = {
         **header,
-        "index_sha256": digest(index),
+        "text_id": found,
+        "index": {"bytes": len(index), "crc32": page_checksums(index)},
+        "shards_sha256": digest(shards),
         "files": {name: digest(data) for name, data in sorted(files.items())},
-        "shards": [records[shard] for shard in range(num_shards)],
+        **{f"num_{name}": sum(record[name] for record in ordered) for name in ("rows", "tokens", "positions", "bytes")},
     }
     storage.create(MANIFEST, seal("manifest", manifest))
     return manifest
 
 
-def _commit(
-    storage: Storage, shard: int, data: bytes, rows_per_batch: int, ids: Sequence[np.ndarray], extra: Record
-) -> Record:
-    sha256 = digest(data)
+def _index(records: Sequence[Record]) -> bytes:
+    rows = [rows_of_record(record) for record in records]
+    lengths = [np.zeros(0, np.int32), *(lengths for lengths, _ in rows)]
+    return encode_index(
+        np.concatenate(lengths), np.concatenate([np.zeros(0, np.int8), *(splits for _, splits in rows)])
+    )
+
+
+def _remove_strays(storage: Storage, records: dict[int, Record]) -> None:
+    named = {
+        name.removeprefix("shards/") for shard in records for name in (record_name(shard), records[shard]["object"])
+    }
+    for name in storage.names("shards"):
+        if name not in named:
+            storage.delete(f"shards/{name}")
+    for folder in ("", "tokenizer/"):
+        for name in storage.names(folder):
+            if name.endswith(TEMPORARY_SUFFIX):
+                storage.delete(folder + name)
+
+
+def _put(storage: Storage, name: str, data: bytes) -> None:
+    """Write a shard's object. One that is there has these very bytes, unless a dead attempt left it and it was damaged
+    since, before any record named it; or an attempt that lost deletes it just now.
+    """
+    while not storage.create(name, data):
+        try:
+            if storage.read(name) == data:
+                return
+        except FileNotFoundError:
+            continue
+        storage.delete(name)
+
+
+def _commit(storage: Storage, shard: int, encoded: Encoded, rows: Sequence[TokenRow]) -> Record:
+    sha256 = digest(encoded.data)
+    prefix_bytes = encoded.facts["prefix_bytes"]
+    lengths = np.array([len(row.input_ids_T) for row in rows], "<i4")
+    splits = np.array([SPLITS.index(row.split) for row in rows], np.int8)
     record = {
         "object": object_name(shard, sha256),
         "sha256": sha256,
-        "bytes": len(data),
-        "rows": len(ids),
-        "rows_per_batch": rows_per_batch,
-        "tokens": sum(len(row) for row in ids),
-        "positions": sum(max(len(row) - 1, 0) for row in ids),
-        **extra,
+        "bytes": len(encoded.data),
+        "prefix_crc32": zlib.crc32(encoded.data[:prefix_bytes]),
+        "index": base64.b64encode(zlib.compress(lengths.tobytes() + splits.tobytes())).decode(),
+        **encoded.facts,
     }
-    storage.create(f"shards/{record['object']}", data)
+    _put(storage, record["object"], encoded.data)
     storage.create(record_name(shard), seal("record", record))
-    standing = _read_record(storage, shard)
+    standing = read_record(storage, shard)
     if standing["object"] != record["object"]:
-        storage.delete(f"shards/{record['object']}")
+        storage.delete(record["object"])
+    elif not storage.exists(record["object"]):
+        raise CorruptError(
+            f"{storage.path(record['object'])} vanished while it was committed: somebody deletes files here"
+        )
     return standing
-
-
-def _read_record(storage: Storage, shard: int) -> Record:
-    return unseal(storage.read(record_name(shard)), "record", storage.path(record_name(shard)))

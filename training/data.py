@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitRow, LogitStore, TokenStore
+from logit_store.errors import StudentError
 from training.batches import Prefix, micro_batches
 from training.losses import SparseTargets
 
@@ -63,6 +64,8 @@ def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperat
     next_ids = [np.zeros(0, np.int64)]
     for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):
         input_ids_BL[i, : prefix.positions] = row.input_ids_T[: prefix.positions]
+        if row.loss_mask_P is not None:
+            raise StudentError(f"row {prefix.row} has a loss mask, and the trainer does not know masks yet")
         valid_BL[i, : prefix.positions] = True
         next_ids.append(row.input_ids_T[1 : prefix.positions + 1].astype(np.int64))
     return MicroBatch(
@@ -79,6 +82,7 @@ def _targets(
 ) -> SparseTargets:
     k, temperatures = store.manifest["k"], store.manifest["temperatures"]
     parts = [(row.targets, prefix.positions) for row, prefix in zip(rows, prefixes, strict=True)]
+    heads = [targets.padded_heads(k) for targets, _ in parts]
 
     def column(values: list[np.ndarray], *width: int, dtype: type = np.float32) -> Tensor:
         return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *values]))
@@ -89,8 +93,8 @@ def _targets(
         at = temperatures.index(temperature)
         partitions = [t.log_partition_PS[:n, at] for t, n in parts]
     return SparseTargets(
-        column([t.head_ids_PK[:n] for t, n in parts], k, dtype=np.int32).long(),
-        column([t.head_logprobs_PK[:n] for t, n in parts], k),
+        column([ids_PK[:n] for (ids_PK, _), (_, n) in zip(heads, parts, strict=True)], k, dtype=np.int32).long(),
+        column([logprobs_PK[:n] for (_, logprobs_PK), (_, n) in zip(heads, parts, strict=True)], k),
         column([t.next_logprob_P[:n] for t, n in parts]),
         column([t.tail_logmass_P[:n] for t, n in parts]),
         column(partitions),

@@ -35,11 +35,9 @@ def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, 
     total = np.zeros(3 + 3 * NUM_BINS)
     for prefix in prefixes:
         tokens, targets = store[prefix.row]
-        predictions = Predictions(
-            torch.from_numpy(-targets.next_logprob_P),
-            torch.from_numpy(targets.head_ids_PK[:, 0].astype(np.int64)),
-            torch.from_numpy(np.exp(targets.head_logprobs_PK[:, 0])),
-        )
+        ids_PK, logprobs_PK = (torch.from_numpy(a) for a in targets.padded_heads(store.manifest["k"]))
+        top_ids_P, top_logprobs_P = top_of_heads(ids_PK.long(), logprobs_PK)
+        predictions = Predictions(torch.from_numpy(-targets.next_logprob_P), top_ids_P, top_logprobs_P.exp())
         next_ids_P = torch.from_numpy(tokens.input_ids_T[1:].astype(np.int64))
         total += _tally(predictions, next_ids_P, predictions.top_id_N).numpy()
     return figures(total)
@@ -47,8 +45,16 @@ def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, 
 
 def tally(batch: MicroBatch, predictions: Predictions) -> Tensor:
     """Sums of a micro-batch, float64: positions, loss, agreements, and per bin count, confidence, hits."""
-    teacher_top_N = batch.targets.head_ids_NK[:, 0] if batch.targets is not None else None
+    teacher_top_N = None
+    if batch.targets is not None:
+        teacher_top_N, _ = top_of_heads(batch.targets.head_ids_NK, batch.targets.head_logprobs_NK)
     return _tally(predictions, batch.next_ids_N, teacher_top_N)
+
+
+def top_of_heads(ids_NK: Tensor, logprobs_NK: Tensor) -> tuple[Tensor, Tensor]:
+    """The teacher's most probable id and its log-prob; heads are in order of ids, ties go to the lower."""
+    top_N1 = logprobs_NK.argmax(-1, keepdim=True)
+    return ids_NK.gather(-1, top_N1)[:, 0], logprobs_NK.gather(-1, top_N1)[:, 0]
 
 
 def _tally(predictions: Predictions, next_ids_N: Tensor, teacher_top_N: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ import yaml
 
 from logit_store import LogitStore, open_store
 from logit_store.errors import StudentError
-from logit_store.summary import summarize
+from logit_store.tools.summary import summarize
 from training.evaluation import held_out_prefixes, teacher_figures
 from training.run_folder import CONFIG, RunFolder, writing
 

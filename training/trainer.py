@@ -58,7 +58,7 @@ def prepare(config: TrainConfig) -> Prepared:
     check_architecture(config.student)
     differing = check_tokenizer(config.student, store.manifest)
     warnings = [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
-    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "logprob_dtype", "tail")}
+    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}
     identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
     return Prepared(config, store, plan, held_out, longest, identity, engine_config, warnings)
 

@@ -37,8 +37,9 @@ def test_targets_are_the_dense_distribution(
     next_ids_N = torch.randint(0, vocabulary_size, (n,), generator=generator)
     targets = select_targets(logits_NW, next_ids_N, vocabulary_size, k, [0.5, 3.0])
     log_p_NW, head_NK, tail_N = reference(logits_NW, next_ids_N, vocabulary_size, k)
-    np.testing.assert_array_equal(targets.head_ids_PK, head_NK)
-    np.testing.assert_allclose(targets.head_logprobs_PK, np.take_along_axis(log_p_NW, head_NK, 1), atol=1e-5)
+    ids_PK, logprobs_PK = targets.padded_heads(k)
+    np.testing.assert_array_equal(ids_PK, head_NK)
+    np.testing.assert_allclose(logprobs_PK, np.take_along_axis(log_p_NW, head_NK, 1), atol=1e-5)
     np.testing.assert_allclose(targets.next_logprob_P, log_p_NW[np.arange(n), next_ids_N.numpy()], atol=1e-5)
     np.testing.assert_allclose(np.exp(targets.tail_logmass_P.astype(np.float64)), tail_N, atol=1e-7, rtol=1e-5)
     for column, t in enumerate((0.5, 3.0)):

@@ -29,14 +29,15 @@ def dense_logprobs(folder: Path, ids_T: np.ndarray) -> np.ndarray:
 def assert_is_dense(targets: Targets, ids_T: np.ndarray, log_p_TW: np.ndarray, atol: float) -> None:
     """Compare every position; modulo ties at the cut."""
     log_p_PW = log_p_TW[:-1]
+    ids_PK, logprobs_PK = targets.padded_heads(K)
     positions = np.arange(len(log_p_PW))
     top_PK = -np.sort(-log_p_PW[:, :V], axis=1)[:, :K]
-    np.testing.assert_allclose(targets.head_logprobs_PK, top_PK, atol=atol)
-    own_PK = np.take_along_axis(log_p_PW, targets.head_ids_PK.astype(np.int64), 1)
-    np.testing.assert_allclose(targets.head_logprobs_PK, own_PK, atol=atol)
+    np.testing.assert_allclose(-np.sort(-logprobs_PK, axis=1), top_PK, atol=atol)
+    own_PK = np.take_along_axis(log_p_PW, ids_PK.astype(np.int64), 1)
+    np.testing.assert_allclose(logprobs_PK, own_PK, atol=atol)
     np.testing.assert_allclose(targets.next_logprob_P, log_p_PW[positions, ids_T[1:]], atol=atol)
     kept = np.zeros(log_p_PW.shape, bool)
-    np.put_along_axis(kept, targets.head_ids_PK.astype(np.int64), True, 1)
+    np.put_along_axis(kept, ids_PK.astype(np.int64), True, 1)
     kept[positions, ids_T[1:]] = True
     tail_P = np.where(kept, 0, np.exp(log_p_PW)).sum(1)
     np.testing.assert_allclose(np.exp(targets.tail_logmass_P), tail_P, atol=atol)
@@ -46,16 +47,17 @@ def test_a_row_of_the_store_is_the_dense_model(store: Any, teacher: Path) -> Non
     row = int(np.flatnonzero(store.lengths_N == WINDOW)[3])
     tokens, targets = store[row]
     log_p_TW = dense_logprobs(teacher, tokens.input_ids_T)
-    assert_is_dense(targets, tokens.input_ids_T, log_p_TW, atol=6e-3)  # float16 log-probs down to −12
+    bound = store.codec.max_error
+    assert_is_dense(targets, tokens.input_ids_T, log_p_TW, atol=bound)
     shifted = np.roll(log_p_TW, 1, axis=0)
     with pytest.raises(AssertionError):  # off by one fails
-        assert_is_dense(targets, tokens.input_ids_T, shifted, atol=6e-3)
+        assert_is_dense(targets, tokens.input_ids_T, shifted, atol=bound)
     with pytest.raises(AssertionError):
-        assert_is_dense(targets, tokens.input_ids_T, np.roll(log_p_TW, -1, axis=0), atol=6e-3)
+        assert_is_dense(targets, tokens.input_ids_T, np.roll(log_p_TW, -1, axis=0), atol=bound)
 
 
 def test_float32_labels_are_the_dense_model_to_the_last_digits(make_store: Callable[..., Any], teacher: Path) -> None:
-    store = make_store("float32", store={"logprob_dtype": "float32"}, targets={"k": K, "temperatures": []})
+    store = make_store("float32", store={"codec": {"kind": "exact"}}, targets={"k": K, "temperatures": []})
     row = int(np.flatnonzero(store.lengths_N == WINDOW)[0])
     tokens, targets = store[row]
     assert_is_dense(targets, tokens.input_ids_T, dense_logprobs(teacher, tokens.input_ids_T), atol=2e-5)

@@ -8,6 +8,7 @@ import pytest
 import decant
 from tests.toy import DECANT
 
+VERBS = ["tokenize", "cache", "inspect", "export", "stats", "verify", "diff", "merge", "slice", "train", "report"]
 HEAVY = ["torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "pyarrow", "matplotlib"]
 
 
@@ -19,6 +20,11 @@ HEAVY = ["torch", "ray", "vllm", "deepspeed", "transformers", "datasets", "pyarr
         ("import cluster, training", set()),
         ("import cluster.config, training.config, training.launch", {"pyarrow"}),
         ("import cluster.cache, cluster.tokenize, cluster.ray_cluster", {"pyarrow"}),
+        (
+            "import logit_store.tools.damage, logit_store.tools.diff, logit_store.tools.merge, logit_store.tools.slice",
+            {"pyarrow"},
+        ),
+        ("import cluster.rescore", {"pyarrow"}),
         ("import training.report, training.batches, training.schedules", {"pyarrow", "torch"}),
         ("import training.engine, training.trainer", {"pyarrow", "torch"}),
     ],
@@ -61,7 +67,7 @@ def test_each_engine_is_imported_in_one_file(library: str, file: str) -> None:
 
 
 def test_every_verb_has_help_with_an_example_that_parses(capsys: pytest.CaptureFixture[str]) -> None:
-    for verb in ("tokenize", "cache", "inspect", "train", "report"):
+    for verb in VERBS:
         with pytest.raises(SystemExit) as exit_:
             decant.main([verb, "--help"])
         assert exit_.value.code == 0
@@ -71,4 +77,4 @@ def test_every_verb_has_help_with_an_example_that_parses(capsys: pytest.CaptureF
 
 def test_the_console_script_answers() -> None:
     done = subprocess.run([DECANT, "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in done.stdout for verb in ("tokenize", "cache", "inspect", "train", "report"))
+    assert all(verb in done.stdout for verb in VERBS)

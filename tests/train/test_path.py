@@ -26,10 +26,10 @@ def online_loss(teacher: Any, student: Any, ids_T: np.ndarray, positions: int, t
     return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum") * temperature**2
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 2e-6), ("float16", 2e-3)])
+@pytest.mark.parametrize(("codec", "tolerance"), [("exact", 2e-6), ("lossy", 5e-3)])
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_the_path_is_online_distillation(
-    make_store: Callable[..., Any], teacher: Path, shared: Path, tmp_path: Path, dtype: str, tolerance: float,
+    make_store: Callable[..., Any], teacher: Path, shared: Path, tmp_path: Path, codec: str, tolerance: float,
     temperature: float,
 ) -> None:  # fmt: skip
     from tests.toy import make_teacher
@@ -39,7 +39,7 @@ def test_the_path_is_online_distillation(
     if not exact.exists():
         make_teacher(exact, shared / "tokenizer", vocab_size=V)
     store = make_store(
-        f"whole-{dtype}", teacher={"model": str(exact)}, targets={"k": V}, store={"logprob_dtype": dtype}
+        f"whole-{codec}", teacher={"model": str(exact)}, targets={"k": V}, store={"codec": {"kind": codec}}
     )
     make_teacher(tmp_path / "student", shared / "tokenizer", vocab_size=V + 24, seed=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)

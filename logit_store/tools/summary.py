@@ -14,7 +14,7 @@ def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
     summary: dict[str, Any] = {
         "path": store.storage.url,
         "kind": store.kind,
-        "shards": len(manifest["shards"]),
+        "shards": len(store.shards),
         "rows": len(store),
         **{f"rows_{split}": len(store.rows(split)) for split in SPLITS},
         "tokens": int(store.lengths_N.sum()),
@@ -26,11 +26,20 @@ def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
         "text_id": manifest["text_id"],
     }
     if isinstance(store, LogitStore):
-        kept = sum(shard["kept_mass"] for shard in manifest["shards"])
-        summary |= {field: manifest[field] for field in ("k", "temperatures", "logprob_dtype", "tail", "labels_id")}
-        summary |= {"kept_mass": kept / max(positions, 1), "labels": manifest["labels"]}
-        summary |= {"provenance": manifest["provenance"]}
-    return summary | {"tokenizer": manifest["tokenizer"], "corpus": manifest["corpus"]}
+        positions_of, kl = store.shards.columns["positions"], store.shards.columns["mean_kl"]
+        summary |= {field: manifest.get(field) for field in ("k", "temperatures", "forced_ids", "tail", "labels_id")}
+        summary |= {
+            "entries_per_position": store.shards.total("entries") / max(positions, 1),
+            "draws_per_position": store.shards.total("draws") / max(positions, 1),
+            "kept_mass": store.shards.total("kept_mass") / max(positions, 1),
+            "codec": store.codec.kind,
+            "codec_mean_kl": float((positions_of * kl).sum()) / max(positions, 1),
+            "codec_max_error": float(store.shards.columns["max_error"].max(initial=0.0)),
+            "labels": manifest.get("labels"),
+        }
+        summary |= {"provenance": manifest.get("provenance")}
+    summary |= {"tokenizer": manifest["tokenizer"], "corpus": manifest.get("corpus")}
+    return summary | {"section_bytes": store.shards.section_bytes()}
 
 
 def print_summary(store: TokenStore | LogitStore, as_json: bool = False) -> None:
@@ -48,7 +57,24 @@ def print_summary(store: TokenStore | LogitStore, as_json: bool = False) -> None
     for key, value in summary.items():
         if not isinstance(value, dict) and key not in ("path", "kind"):
             table.add_row(key, _text(value))
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    console.print(section_table(summary))
+
+
+def section_table(summary: dict[str, Any]) -> Any:
+    """Where the bytes are: the sections of FORMAT.md, the largest first, the empty ones left out."""
+    from rich.table import Table
+
+    table = Table(title="bytes by section", title_justify="left")
+    table.add_column("section")
+    for column in ("bytes", "share", "per position"):
+        table.add_column(column, justify="right")
+    sections = {section: size for section, size in summary["section_bytes"].items() if size}
+    for section, size in sorted(sections.items(), key=lambda item: -item[1]):
+        per_position = size / max(summary["positions"], 1)
+        table.add_row(section, f"{size:,}", f"{size / max(summary['bytes'], 1):.1%}", f"{per_position:.2f}")
+    return table
 
 
 def _text(value: Any) -> str:

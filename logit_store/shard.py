@@ -1,0 +1,213 @@
+"""A shard: an Arrow IPC file with one record batch, a row of which is a block.
+
+    lengths      list<int32>     tokens of each of the block's rows
+    document     list<int64>     first 63 bits of the SHA-256 of each row's document
+    split        list<int8>      0 train, 1 held_out
+    (metadata)   list<…>         the columns that the store carries, by their own names
+    head_width, sampled_width    int32: the most entries of any of the block's positions
+    crc32        uint32          of the bytes of `block`
+    block        large_binary    tokens and labels, packed (see blocks.py)
+
+Nothing in it is compressed by Arrow, so that a file can be mapped and a block be cut out of it. Everything before the
+first block, the prefix, is small, has one checksum and is verified when the shard is first touched; a block is verified
+whenever it is read. The footer serves other Arrow readers and is never read here.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from logit_store.codec.blocks import (
+    Layout,
+    Tokens,
+    Widths,
+    decode_block,
+    decode_tokens,
+    section_sizes,
+)
+from logit_store.codec.levels import Quantizer
+from logit_store.errors import CorruptError, FormatError
+from logit_store.identity import canonical_json
+from logit_store.ipc import IPC_ERRORS, read_batch, write_batch
+from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, offsets_of
+
+COLUMN_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
+"""Types of metadata columns."""
+
+RESERVED_COLUMNS = ("lengths", "document", "split", "head_width", "sampled_width", "crc32", "block", "input_ids")
+REDO = "Restore it from a copy, or drop it with `decant verify --drop-damaged` and run the command that made it again"
+
+
+class Block(NamedTuple):
+    """A packed block and what stands beside it."""
+
+    tokens: Sequence[TokenRow]
+    data: bytes
+    widths: Widths
+
+
+def shard_schema(description: dict[str, Any], columns: dict[str, str], levels_L: NDArray[np.float32]) -> pa.Schema:
+    """The Arrow schema of a store's shards; ``description`` is what a shard says of itself."""
+    carried = [pa.field(name, pa.list_(COLUMN_TYPES[kind])) for name, kind in columns.items()]
+    return pa.schema(
+        [
+            pa.field("lengths", pa.list_(pa.int32())),
+            pa.field("document", pa.list_(pa.int64())),
+            pa.field("split", pa.list_(pa.int8())),
+            *carried,
+            pa.field("head_width", pa.int32()),
+            pa.field("sampled_width", pa.int32()),
+            pa.field("crc32", pa.uint32()),
+            pa.field("block", pa.large_binary()),
+        ],
+        {"decant": canonical_json(description), "levels": levels_L.astype("<f4").tobytes()},
+    )
+
+
+def write_shard(schema: pa.Schema, blocks: Sequence[Block]) -> tuple[bytes, int]:
+    """The bytes of a shard, and how many of them come before the first block."""
+    rows = [[row for row in block.tokens] for block in blocks]
+    columns: dict[str, list[Any]] = {
+        "lengths": [[len(row.input_ids_T) for row in block] for block in rows],
+        "document": [[row.document for row in block] for block in rows],
+        "split": [[SPLITS.index(row.split) for row in block] for block in rows],
+        "head_width": [block.widths.head for block in blocks],
+        "sampled_width": [block.widths.sampled for block in blocks],
+        "crc32": [zlib.crc32(block.data) for block in blocks],
+        "block": [block.data for block in blocks],
+    }
+    for name in schema.names:
+        if name not in columns:
+            columns[name] = [[row.columns.get(name) for row in block] for block in rows]
+    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    data = pa.py_buffer(write_batch(pa.record_batch(arrays, schema=schema)))
+    # A shard without rows has no first block, and Arrow's empty buffers lie anywhere.
+    first_block = read_batch(data)["block"].buffers()[2].address - data.address if blocks else data.size
+    return data.to_pybytes(), first_block
+
+
+class Shard:
+    """A mapped shard whose prefix is verified. Raises CorruptError, FormatError."""
+
+    def __init__(self, data: pa.Buffer, name: str, prefix: tuple[int, int], layout: Layout, schema: pa.Schema) -> None:
+        """``prefix``: its bytes and their CRC-32; ``schema``: what this store's shards have (levels aside)."""
+        self.name, self.layout = name, layout
+        size, checksum = prefix
+        if not 0 < size <= data.size or zlib.crc32(data.slice(0, size)) != checksum:
+            raise self._damaged("the checksum of its first bytes does not match")
+        try:
+            batch = read_batch(data)
+            batch.validate(full=True)
+        except IPC_ERRORS as error:
+            raise self._damaged(f"it is no Arrow file of ours ({error})") from None
+        if not batch.schema.equals(schema) or batch.schema.metadata.get(b"decant") != schema.metadata[b"decant"]:
+            raise FormatError(f"{name} is a shard of another store: its columns or its identity differ. {REDO}")
+        self.quantizer = Quantizer(_read_levels(batch.schema.metadata.get(b"levels", b""), self._damaged))
+        self.batch = batch
+        self._lengths = _lists(batch["lengths"])
+        self.first_rows = self._lengths[0]
+        """Number within the shard of each block's first row, and the number of rows."""
+        _, offsets, self._data = batch["block"].buffers()
+        self._offsets = np.frombuffer(offsets, np.int64)
+        self._checksums = batch["crc32"].to_numpy()
+        self._widths = [batch[name].to_numpy() for name in ("head_width", "sampled_width")]
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks it has."""
+        return len(self._checksums)
+
+    def block_of(self, row: int) -> tuple[int, int]:
+        """The block of a row (counted within the shard), and the row's place in it."""
+        block = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return block, row - int(self.first_rows[block])
+
+    def token_rows(self, block: int, tokens: Tokens) -> list[TokenRow]:
+        """The block's rows with what stands beside them."""
+        start, stop = self.first_rows[block : block + 2]
+        at_T, at_P = offsets_of(tokens.lengths_B), offsets_of(np.maximum(tokens.lengths_B - 1, 0))
+        documents, splits = (self.batch[name][block].as_py() for name in ("document", "split"))
+        names = [name for name in self.batch.schema.names if name not in RESERVED_COLUMNS]
+        carried = [self.batch[name][block].as_py() for name in names]
+        sides = [documents, splits, *carried]
+        if any(len(side) != stop - start for side in sides) or not all(0 <= split < len(SPLITS) for split in splits):
+            raise self._damaged(f"block {block} does not say the same of all its rows")
+        masks = [tokens.loss_mask_P[at_P[i] : at_P[i + 1]] for i in range(stop - start)]
+        return [
+            TokenRow(
+                documents[i],
+                SPLITS[splits[i]],
+                tokens.input_ids_T[at_T[i] : at_T[i + 1]],
+                None if masks[i].all() else masks[i],
+                {name: values[i] for name, values in zip(names, carried, strict=True)},
+            )
+            for i in range(stop - start)
+        ]
+
+    def tokens(self, block: int) -> Tokens:
+        """The tokens of a block, verified."""
+        return decode_tokens(self.layout, self._block(block), self._lengths_of(block), self._name(block))
+
+    def decode(self, block: int) -> tuple[Tokens, Targets]:
+        """Tokens and labels of a block, verified."""
+        widths = Widths(*(int(width[block]) for width in self._widths))
+        data, lengths_B = self._block(block), self._lengths_of(block)
+        return decode_block(self.layout, data, lengths_B, widths, self.quantizer, self._name(block))
+
+    def section_bytes(self) -> dict[str, int]:
+        """Stored bytes of each section, over all blocks."""
+        totals: dict[str, int] = {}
+        for block in range(self.num_blocks):
+            for section, size in section_sizes(self.layout, self._block(block), self._name(block)).items():
+                totals[section] = totals.get(section, 0) + size
+        return totals
+
+    def _lengths_of(self, block: int) -> NDArray[np.int32]:
+        offsets, values = self._lengths
+        lengths_B = values[offsets[block] : offsets[block + 1]]
+        if len(lengths_B) and lengths_B.min() < 0:
+            raise self._damaged(f"block {block} has a row of negative length")
+        return lengths_B
+
+    def _block(self, block: int) -> pa.Buffer:
+        start, stop = self._offsets[block : block + 2].tolist()
+        data = self._data.slice(start, stop - start)
+        if zlib.crc32(data) != self._checksums[block]:
+            raise self._damaged(f"the checksum of block {block} does not match")
+        return data
+
+    def _name(self, block: int) -> str:
+        return f"block {block} of {self.name}"
+
+    def _damaged(self, reason: str) -> CorruptError:
+        return CorruptError(f"{self.name} is damaged: {reason}. {REDO}")
+
+
+def split_rows(rows: Sequence[TokenRow], targets: Targets) -> Iterator[LogitRow]:
+    """The rows of a block, each with its own targets."""
+    num_positions = [max(len(row.input_ids_T) - 1, 0) for row in rows]
+    at_P = offsets_of(np.array(num_positions))
+    at_N, at_M = offsets_of(targets.head_counts_P), offsets_of(targets.sampled_counts_P)
+    for i, row in enumerate(rows):
+        p = slice(at_P[i], at_P[i + 1])
+        n, m = (slice(at[p.start], at[p.stop]) for at in (at_N, at_M))
+        of_row = {name: getattr(targets, name)[p] for name in Targets._fields if "_P" in name}
+        of_row |= {name: getattr(targets, name)[n] for name in ("head_ids_N", "head_logprobs_N")}
+        yield LogitRow(row, Targets(**of_row, sampled_ids_M=targets.sampled_ids_M[m]))
+
+
+def _read_levels(stored: bytes, damaged: Any) -> NDArray[np.float32]:
+    if len(stored) % 4:
+        raise damaged("its levels are cut off")
+    levels_L = np.frombuffer(stored, "<f4").astype(np.float32)
+    if not len(levels_L) or levels_L[0] != 0 or not np.isfinite(levels_L).all() or (np.diff(levels_L) <= 0).any():
+        raise damaged("its levels do not ascend from zero")
+    return levels_L
+
+
+def _lists(column: pa.ListArray) -> tuple[NDArray[np.int64], NDArray[Any]]:
+    return column.offsets.to_numpy().astype(np.int64), column.values.to_numpy()
