@@ -109,6 +109,12 @@ class Shard:
         self.quantizer = Quantizer(_read_levels(batch.schema.metadata.get(b"levels", b""), self._damaged))
         self.batch = batch
         self._lengths = _lists(batch["lengths"])
+        self._sides = [_lists(batch[column]) for column in ("document", "split")]
+        if any(not np.array_equal(offsets, self._lengths[0]) for offsets, _ in self._sides):
+            raise self._damaged("it does not say the same of all its rows")
+        if not np.isin(self._sides[1][1], range(len(SPLITS))).all():
+            raise self._damaged("it has rows of a split that is none")
+        self._carried = [column for column in batch.schema.names if column not in RESERVED_COLUMNS]
         self.first_rows = self._lengths[0]
         """Number within the shard of each block's first row, and the number of rows."""
         _, offsets, self._data = batch["block"].buffers()
@@ -130,11 +136,9 @@ class Shard:
         """The block's rows with what stands beside them."""
         start, stop = self.first_rows[block : block + 2]
         at_T, at_P = offsets_of(tokens.lengths_B), offsets_of(np.maximum(tokens.lengths_B - 1, 0))
-        documents, splits = (self.batch[name][block].as_py() for name in ("document", "split"))
-        names = [name for name in self.batch.schema.names if name not in RESERVED_COLUMNS]
-        carried = [self.batch[name][block].as_py() for name in names]
-        sides = [documents, splits, *carried]
-        if any(len(side) != stop - start for side in sides) or not all(0 <= split < len(SPLITS) for split in splits):
+        documents, splits = (values[start:stop].tolist() for _, values in self._sides)
+        carried = [self.batch[name][block].as_py() for name in self._carried]
+        if any(len(values) != stop - start for values in carried):
             raise self._damaged(f"block {block} does not say the same of all its rows")
         masks = [tokens.loss_mask_P[at_P[i] : at_P[i + 1]] for i in range(stop - start)]
         return [
@@ -143,7 +147,7 @@ class Shard:
                 SPLITS[splits[i]],
                 tokens.input_ids_T[at_T[i] : at_T[i + 1]],
                 None if masks[i].all() else masks[i],
-                {name: values[i] for name, values in zip(names, carried, strict=True)},
+                {name: values[i] for name, values in zip(self._carried, carried, strict=True)},
             )
             for i in range(stop - start)
         ]
@@ -189,6 +193,9 @@ class Shard:
 
 def split_rows(rows: Sequence[TokenRow], targets: Targets) -> Iterator[LogitRow]:
     """The rows of a block, each with its own targets."""
+    if len(rows) == 1:
+        yield LogitRow(rows[0], targets)
+        return
     num_positions = [max(len(row.input_ids_T) - 1, 0) for row in rows]
     at_P = offsets_of(np.array(num_positions))
     at_N, at_M = offsets_of(targets.head_counts_P), offsets_of(targets.sampled_counts_P)

@@ -216,6 +216,9 @@ def _take_tokens(layout: Layout, unpacker: Unpacker, lengths_B: NDArray[np.int32
 
 def _take_counts(unpacker: Unpacker, p: int, width: int) -> tuple[NDArray[np.int32], int]:
     """Entries of each position, and of all."""
+    if width == 0:
+        unpacker.skip(3)
+        return np.zeros(p, np.int32), 0
     counts_P = np.int32(width) - unpacker.take(p, 3, np.int32)
     if p and counts_P.min() < 0:
         raise unpacker.error("a position has fewer entries than none")
@@ -226,6 +229,9 @@ def _take_ids(
     unpacker: Unpacker, layout: Layout, counts_P: NDArray[np.int32] | None, num_entries: int
 ) -> NDArray[np.int32]:
     """Ids that ascend within each position; without ``counts_P`` each stands for itself."""
+    if not num_entries:
+        unpacker.skip(3)
+        return np.zeros(0, np.int32)
     bins_N = unpacker.take(num_entries, 2, np.uint16)
     counts_P = np.ones(num_entries, np.int32) if counts_P is None else counts_P
     try:

@@ -83,11 +83,10 @@ def split_ids(
     window, filled = np.uint64(0), 0
     byte = 0
     for p in range(len(counts_P)):
-        before = 0
+        before, exponent = 0, mantissa
         for i in range(at, at + counts_P[p]):
             id_ = ids_N[i]
-            exponent = mantissa
-            while id_ >> (exponent + 1):
+            while id_ >> (exponent + 1):  # ids ascend, and so do exponents
                 exponent += 1
             shift = exponent - mantissa
             bin_ = id_ if id_ < 1 << mantissa else ((shift + 1) << mantissa) + (id_ >> shift) - (1 << mantissa)

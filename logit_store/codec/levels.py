@@ -59,8 +59,8 @@ def levels(scale: float, max_error: float, largest: float) -> NDArray[np.float32
         found.append(x)
         if len(found) > MAX_LEVELS:
             raise StoreError(
-                f"log-probabilities down to {-largest:g} within {max_error} nats need more than {MAX_LEVELS:,} levels: "
-                "set store.codec.max_error higher, or store.codec.kind=exact"
+                f"log-probabilities down to {-largest:g} need more than {MAX_LEVELS:,} levels at these bounds: set "
+                "store.codec.max_kl or store.codec.max_error higher, or store.codec.kind=exact"
             )
     return np.array(found, np.float32)
 

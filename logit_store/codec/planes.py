@@ -39,11 +39,14 @@ class Packer:
 
     def add(self, values: NDArray[Any], num_planes: int) -> None:
         """Add the lowest ``num_planes`` bytes of each value, lowest byte first."""
+        self.raw_bytes += num_planes * values.size
+        if self._compress and not values.any():
+            self.planes += [b""] * num_planes
+            return
         little = np.ascontiguousarray(values, values.dtype.newbyteorder("<"))
         bytes_of = little.view(np.uint8).reshape(-1, little.itemsize)
         for i in range(num_planes):
             self.planes.append(self._plane(np.ascontiguousarray(bytes_of[:, i])))
-            self.raw_bytes += len(bytes_of)
 
     def _plane(self, raw: NDArray[np.uint8]) -> bytes:
         if not self._compress:
@@ -99,6 +102,9 @@ class Unpacker:
     def take(self, num_values: int, num_planes: int, dtype: Any) -> NDArray[Any]:
         """The next array: ``num_values`` of ``dtype``, of which ``num_planes`` bytes are stored."""
         dtype = np.dtype(dtype)
+        if not num_values:
+            self.skip(num_planes)
+            return np.zeros(0, dtype)
         self._budget -= num_values * dtype.itemsize
         if self._budget < 0:
             raise self.error(f"it asks for more memory than {MAX_EXPANSION} times its size")

@@ -124,7 +124,8 @@ def test_an_edit_of_the_source_does_not_install_again(dockerfile: Path) -> None:
 @each_dockerfile
 def test_every_package_is_copied(dockerfile: Path) -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    wanted = {*setuptools["packages"], *(f"{module}.py" for module in setuptools["py-modules"])}
+    packages = {name.rstrip("*") for name in setuptools["packages"]["find"]["include"]}
+    wanted = packages | {f"{module}.py" for module in setuptools["py-modules"]}
     assert wanted <= set(copied(dockerfile))
 
 
