@@ -35,7 +35,8 @@ test: $(VENV)/.all
 	$(BIN)/python -m pytest
 
 bench: $(VENV)/.all
-	$(BIN)/python tests/bench/memory.py
+	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.store
 
 lint: $(VENV)/.all
 	$(BIN)/ruff check .

@@ -15,20 +15,16 @@ from logit_store.codec.blocks import (
     Tokens,
     Widths,
     decode_block,
+    decode_tokens,
     encode_block,
-    held_elsewhere,
-    join_tokens,
     section_sizes,
-    sort_targets,
 )
 from logit_store.codec.kernels import fastest
 from logit_store.codec.levels import CELLS_PER_NAT, CodecConfig, Quantizer, levels
 from logit_store.errors import StoreError
+from logit_store.labels import join_labels, join_rows, kept_sums, normalised, sum_error
 from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, offsets_of
 from logit_store.shard import Block, shard_schema, write_shard
-
-MAX_SUM_ERROR = 1e-2
-"""How far kept mass and tail may be from one before they are refused: bfloat16 engines give 1e-3."""
 
 SAMPLE_POSITIONS = 1024
 """Positions by which the steps of a shard are chosen, about. The bound is then measured on all of them."""
@@ -52,8 +48,12 @@ class _Part(NamedTuple):
     rows: Sequence[LogitRow]
     tokens: Tokens
     targets: Targets
+    reference: Targets
+    """The targets with sums of exactly one: what rounding is measured against."""
     largest: float
     """Of their finite −log p."""
+    sum_error: float
+    """How far the sum of a position was from one, as the labels came."""
 
 
 RowT = TypeVar("RowT", TokenRow, LogitRow)
@@ -65,9 +65,9 @@ def encode_tokens(
     """A token shard. ``columns``: names and types of the metadata; ``description``: what the shard says of itself."""
     blocks = []
     for part in _parts(rows, [16 * len(row.input_ids_T) for row in rows]):
-        tokens = join_tokens(part)
-        _check_ids(layout, tokens.input_ids_T)
+        tokens = join_rows(layout, part)
         data, widths = encode_block(layout, tokens, None, Quantizer(_EXACT_LEVELS))
+        _require_same(tokens, decode_tokens(layout, data, tokens.lengths_B, "a new block"), Tokens._fields)
         blocks.append(Block(part, data, widths))
     return _finish(rows, blocks, layout, columns, description, _EXACT_LEVELS, {})
 
@@ -84,7 +84,7 @@ def encode_logits(
         16 * len(row.targets.next_logprob_P) + len(row.targets.head_ids_N) + len(row.targets.sampled_ids_M)
         for row in rows
     ]
-    parts = [_prepare(layout, part) for part in _parts(rows, work)]
+    parts = [_prepare(layout, part, codec) for part in _parts(rows, work)]
     scale = 0 if layout.exact else _choose_scale(layout, codec, parts)
     while True:
         levels_L = _EXACT_LEVELS if layout.exact else _levels(scale, codec, parts)
@@ -103,8 +103,9 @@ def encode_logits(
         "entries": sum(len(part.targets.head_ids_N) for part in parts),
         "draws": sum(len(part.targets.sampled_ids_M) for part in parts),
         "kept_mass": _shortened(kept, 9),
-        "mean_kl": _shortened(max(mean_kl, 0.0), 3),
+        "mean_kl": _shortened(max(mean_kl, 0.0), 3),  # below 0 by float noise at most: both distributions sum to one
         "max_error": _shortened(largest, 3),
+        "sum_error": _shortened(max((part.sum_error for part in parts), default=0.0), 3),
     }
     return _finish([row.tokens for row in rows], blocks, layout, columns, description, levels_L, facts)
 
@@ -154,19 +155,14 @@ def _parts(rows: Sequence[RowT], work: Sequence[int]) -> list[Sequence[RowT]]:
     return [rows[start:stop] for start, stop in pairwise([*starts, len(rows)])]
 
 
-def _prepare(layout: Layout, rows: Sequence[LogitRow]) -> _Part:
-    tokens = join_tokens([row.tokens for row in rows])
-    targets = _join_targets([row.targets for row in rows])
-    _check_ids(layout, tokens.input_ids_T, targets.head_ids_N, targets.sampled_ids_M)
-    targets = sort_targets(targets)
-    _check(layout, tokens, targets)
-    # Float noise may leave a tail a little more likely than certain; no reader should have to know.
-    targets = targets._replace(tail_logmass_P=np.minimum(targets.tail_logmass_P, np.float32(0)))
+def _prepare(layout: Layout, rows: Sequence[LogitRow], codec: CodecConfig) -> _Part:
+    tokens, targets, sums_P = join_labels(layout, rows)
+    reference = targets if layout.exact else normalised(targets, sums_P, codec.max_error / 2)
     largest = 0.0
     for values in (targets.head_logprobs_N, targets.next_logprob_P, targets.forced_logprobs_PF):
         smallest = float(values.min(initial=0.0))
         largest = max(largest, -(smallest if smallest > -np.inf else values[np.isfinite(values)].min(initial=0.0)))
-    return _Part(rows, tokens, targets, largest)
+    return _Part(rows, tokens, targets, reference, largest, sum_error(targets, sums_P))
 
 
 def _encode_blocks(layout: Layout, parts: Sequence[_Part], quantizer: Quantizer) -> tuple[list[Block], float, float]:
@@ -174,119 +170,55 @@ def _encode_blocks(layout: Layout, parts: Sequence[_Part], quantizer: Quantizer)
     blocks, kl, positions, largest = [], 0.0, 0, 0.0
     for part in parts:
         data, widths = encode_block(layout, part.tokens, part.targets, quantizer)
-        kl_P, error = _measure(layout, part.tokens, part.targets, data, widths, quantizer)
+        kl_P, error = _measure(layout, part, data, widths, quantizer)
         blocks.append(Block([row.tokens for row in part.rows], data, widths))
         kl, positions, largest = kl + float(kl_P.sum()), positions + len(kl_P), max(largest, error)
     return blocks, kl / max(positions, 1), largest
 
 
-def _join_targets(parts: Sequence[Targets]) -> Targets:
-    return parts[0] if len(parts) == 1 else Targets(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def _check_ids(layout: Layout, *ids_of: NDArray[np.int32]) -> None:
-    v = layout.vocabulary_size
-    for ids in ids_of:
-        if len(ids) and not 0 <= int(ids.min()) <= int(ids.max()) < v:
-            raise StoreError(f"ids from {ids.min()} to {ids.max()}: some are outside the vocabulary of {v}")
-
-
-def _check(layout: Layout, tokens: Tokens, targets: Targets) -> None:
-    """Refuse labels that are no distributions over the vocabulary. Raises StoreError."""
-    p = len(tokens.loss_mask_P)
-    shapes = [
-        len(t)
-        for t in (
-            targets.head_counts_P,
-            targets.next_logprob_P,
-            targets.tail_logmass_P,
-            targets.log_partition_PS,
-            targets.forced_logprobs_PF,
-            targets.sampled_counts_P,
-        )
-    ]
-    assert shapes == [p] * 6, f"targets of {shapes} positions for {p}"
-    assert targets.log_partition_PS.shape[1] == layout.num_temperatures
-    assert targets.forced_logprobs_PF.shape[1] == len(layout.forced_ids)
-    assert len(targets.head_ids_N) == len(targets.head_logprobs_N) == targets.head_counts_P.sum()
-    assert len(targets.sampled_ids_M) == targets.sampled_counts_P.sum()
-    named = {
-        "head log-probability": targets.head_logprobs_N,
-        "next token's log-probability": targets.next_logprob_P,
-        "forced id's log-probability": targets.forced_logprobs_PF,
-        "log of the tail's mass": targets.tail_logmass_P,
-    }
-    for what, values in named.items():
-        if not (values <= 1e-3).all():
-            raise StoreError(f"a {what} is {values[~(values <= 1e-3)][0]}: the labels are no distribution")
-    if np.isnan(targets.log_partition_PS).any() or np.isposinf(targets.log_partition_PS).any():
-        raise StoreError("a log-partition is NaN or infinite: the labels are no distribution")
-    error_P = np.abs(_kept(layout, tokens, targets) + np.exp(targets.tail_logmass_P.astype(np.float64)) - 1)
-    if error_P.max(initial=0.0) > MAX_SUM_ERROR:
-        raise StoreError(
-            f"kept ids and tail of a position sum to 1 ± {error_P.max():.3g}; at most {MAX_SUM_ERROR} is rounding"
-        )
-
-
-def _kept(layout: Layout, tokens: Tokens, targets: Targets, stored: Targets | None = None) -> NDArray[np.float64]:
-    """Σ p over what each position keeps, every id once; given what is ``stored`` of it, Σ p·(log p − log q) instead."""
-
-    def term(name: str, f: int | slice = slice(None)) -> NDArray[np.float32]:
-        logprobs = getattr(targets, name)[..., f]
-        p = np.exp(logprobs)
-        if stored is None:
-            return p
-        with np.errstate(invalid="ignore"):
-            terms = p * (logprobs - getattr(stored, name)[..., f])
-        terms[p == 0] = 0.0
-        return terms
-
-    sums_P = _sum_entries(term("head_logprobs_N"), targets.head_counts_P)
-    next_elsewhere_P, forced_elsewhere_PF = held_elsewhere(layout, tokens, targets)
-    sums_P += np.where(next_elsewhere_P, 0, term("next_logprob_P"))
-    for f in range(len(layout.forced_ids)):
-        sums_P += np.where(forced_elsewhere_PF[:, f], 0, term("forced_logprobs_PF", f))
-    return sums_P
-
-
-def _sum_entries(values_N: NDArray[np.float32], counts_P: NDArray[np.int32]) -> NDArray[np.float64]:
-    sums_P = np.zeros(len(counts_P))
-    filled_P = counts_P > 0
-    if len(values_N):
-        sums_P[filled_P] = np.add.reduceat(values_N, offsets_of(counts_P)[:-1][filled_P])
-    return sums_P
-
-
 def _measure(
-    layout: Layout, tokens: Tokens, targets: Targets, data: bytes, widths: Widths, quantizer: Quantizer
+    layout: Layout, part: _Part, data: bytes, widths: Widths, quantizer: Quantizer
 ) -> tuple[NDArray[np.float64], float]:
-    """Decode a block as a reader will, and compare: KL divergence of each position and largest error of a log-prob, in
-    nats. What must be equal is asserted to be.
+    """Decode a block as a reader will, and compare: KL divergence of each position from the reference, and largest
+    error of a log-prob as it came, in nats. Raises StoreError where anything else is not what it was, or a position
+    does not sum to one: better no shard than a wrong one.
     """
-    decoded_tokens, decoded = decode_block(layout, data, tokens.lengths_B, widths, quantizer, "the block")
-    assert np.array_equal(decoded_tokens.input_ids_T, tokens.input_ids_T)
-    assert np.array_equal(decoded_tokens.loss_mask_P, tokens.loss_mask_P)
-    for name in ("head_counts_P", "head_ids_N", "sampled_counts_P", "sampled_ids_M"):
-        assert np.array_equal(getattr(decoded, name), getattr(targets, name)), name
-    for name in ("tail_logmass_P", "log_partition_PS"):
-        assert getattr(decoded, name).tobytes() == np.ascontiguousarray(getattr(targets, name)).tobytes(), name
-    largest = max(
-        _largest_error(getattr(targets, name), getattr(decoded, name))
-        for name in ("head_logprobs_N", "next_logprob_P", "forced_logprobs_PF")
-    )
+    tokens, targets = part.tokens, part.targets
+    decoded_tokens, decoded = decode_block(layout, data, tokens.lengths_B, widths, quantizer, "a new block")
+    _require_same(tokens, decoded_tokens, Tokens._fields)
+    whole = ("head_counts_P", "head_ids_N", "tail_logmass_P", "log_partition_PS", "sampled_counts_P", "sampled_ids_M")
+    _require_same(targets, decoded, Targets._fields if layout.exact else whole)
     if layout.exact:
-        assert largest == 0.0, "the exact codec changed a value"
         return np.zeros(len(decoded.next_logprob_P)), 0.0
-    return _kept(layout, tokens, targets, decoded), largest
+    names = ("head_logprobs_N", "next_logprob_P", "forced_logprobs_PF")
+    terms, largest = [], 0.0
+    for name in names:
+        came, true, stored = (getattr(labels, name) for labels in (targets, part.reference, decoded))
+        largest = max(largest, float(np.abs(_differences(came, stored)).max(initial=0.0)))
+        terms.append(np.exp(true) * _differences(true, stored))
+    sums_P = kept_sums(layout, tokens, targets, [np.exp(getattr(decoded, name)) for name in names])
+    if (error := sum_error(decoded, sums_P)) > 1e-4:
+        raise StoreError(
+            f"a position's kept ids and tail sum to 1 ± {part.sum_error:.2g} as they come, and to 1 ± {error:.2g} when "
+            "read: set store.codec.max_error higher, which bounds by how much a reader rescales, or kind=exact"
+        )
+    return kept_sums(layout, tokens, targets, terms), largest
 
 
-def _largest_error(true: NDArray[np.float32], stored: NDArray[np.float32]) -> float:
-    """Largest |Δ log p|; infinite where only one of the two is −inf."""
+def _differences(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
+    """A − b, and 0 where both are −inf."""
     with np.errstate(invalid="ignore"):
-        error = np.abs(true - stored)
-    if np.isnan(error).any():
-        error[np.isneginf(true) & np.isneginf(stored)] = 0.0
-    return float(error.max(initial=0.0))
+        differences = a - b
+    if not np.isfinite(differences).all():
+        differences[np.isneginf(a) & np.isneginf(b)] = 0.0
+    return differences
+
+
+def _require_same(wanted: Any, found: Any, names: Sequence[str]) -> None:
+    for name in names:
+        a, b = np.ascontiguousarray(getattr(wanted, name)), np.ascontiguousarray(getattr(found, name))
+        if a.shape != b.shape or a.tobytes() != b.tobytes():
+            raise StoreError(f"{name} of a new block would be read as something else: an error of the store itself")
 
 
 def _choose_scale(layout: Layout, codec: CodecConfig, parts: Sequence[_Part]) -> int:
@@ -295,31 +227,35 @@ def _choose_scale(layout: Layout, codec: CodecConfig, parts: Sequence[_Part]) ->
     The divergence grows with the square of the scale, so that three looks find it. A pure function of the labels.
     """
     stride = max(1, sum(len(part.tokens.loss_mask_P) for part in parts) // SAMPLE_POSITIONS)
-    sample = _join_targets([part.targets for part in parts[::stride]]) if parts else None
+    sample = [part.targets for part in parts[::stride]]
     goal = 0.85 * codec.max_kl
     scale = round(8 * math.log2(math.sqrt(24 * goal / 32)))  # 32 entries of a full step's share
-    if sample is None or not len(sample.head_ids_N):
-        return scale
-    for _ in range(3):
-        found = max(_divergence(sample, Quantizer(_levels(scale, codec, parts))), 1e-3 * goal)
-        scale = max(_FINEST, min(_COARSEST, scale + math.floor(4 * math.log2(goal / found))))
+    counts_P = np.concatenate([np.zeros(0, np.int32), *(targets.head_counts_P for targets in sample)])
+    true_N = np.concatenate([np.zeros(0, np.float32), *(targets.head_logprobs_N for targets in sample)])
+    scale = max(_FINEST, min(_COARSEST, scale))
+    for _ in range(3 if len(true_N) else 0):
+        found = _divergence(counts_P, true_N, Quantizer(_levels(scale, codec, parts)))
+        # To six digits: the last bits of sums differ between machines, and no shard's bytes may.
+        octaves = math.log2(goal / _shortened(max(found, 1e-3 * goal), 6))
+        scale = max(_FINEST, min(_COARSEST, scale + math.floor(4 * octaves)))
     return scale
 
 
-def _divergence(targets: Targets, quantizer: Quantizer) -> float:
+def _divergence(counts_P: NDArray[np.int32], true_N: NDArray[np.float32], quantizer: Quantizer) -> float:
     """Mean KL divergence that rounding and rescaling the heads costs."""
-    counts_P, true_N = targets.head_counts_P, targets.head_logprobs_N
     base_P, codes_N = np.empty(len(counts_P), np.uint16), np.empty(len(true_N), np.uint16)
     rounded_N, sums_P = np.empty(len(true_N), np.float32), np.empty(len(counts_P))
     fastest().encode_head(true_N, counts_P, quantizer.nearest, CELLS_PER_NAT, base_P, codes_N)
     fastest().decode_head(codes_N, base_P, counts_P, quantizer.logprobs_L, quantizer.probs_L, rounded_N, sums_P)
+    filled_P = counts_P > 0
+    firsts = offsets_of(counts_P)[:-1][filled_P]
     p_N = np.exp(true_N)
-    mass_P = _sum_entries(p_N, counts_P)
     with np.errstate(invalid="ignore", divide="ignore"):
         terms_N = p_N * (true_N - rounded_N)
-        shift_P = np.log(mass_P / sums_P)
-    terms_N[p_N == 0] = 0.0
-    return float(np.nansum(_sum_entries(terms_N, counts_P) - mass_P * shift_P)) / max(len(counts_P), 1)
+        terms_N[p_N == 0] = 0.0
+        mass_P = np.add.reduceat(p_N, firsts, dtype=np.float64)
+        kl_P = np.add.reduceat(terms_N, firsts, dtype=np.float64) - mass_P * np.log(mass_P / sums_P[filled_P])
+    return float(np.nansum(kl_P)) / len(counts_P)
 
 
 def _levels(scale: int, codec: CodecConfig, parts: Sequence[_Part]) -> NDArray[np.float32]:

@@ -65,7 +65,7 @@ def unseal(data: bytes, kind: str, name: str) -> dict[str, Any]:
     body = sealed.get("body")
     try:
         is_whole = isinstance(body, dict) and data == seal(kind, body)
-    except UnicodeEncodeError:  # half of a surrogate pair: JSON can name it, UTF-8 cannot write it
+    except (UnicodeEncodeError, RecursionError):  # half of a surrogate pair, or nested deeper than it can be written
         is_whole = False
     if not is_whole or not isinstance(body, dict):
         raise CorruptError(f"{name} is damaged: its checksum does not match. Restore it or make the store again")

@@ -1,6 +1,6 @@
 """The manifest: what a finished store says of itself, checked before anything of it is believed."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -8,7 +8,7 @@ from logit_store.codec.blocks import Layout
 from logit_store.codec.levels import CodecConfig
 from logit_store.errors import FormatError, NotFinishedError
 from logit_store.format import FILE_NAME, HEADER, MANIFEST, MAX_VOCABULARY_SIZE, unseal
-from logit_store.shard import COLUMN_TYPES
+from logit_store.shard import COLUMN_TYPES, RESERVED_COLUMNS
 from logit_store.storage import Storage
 
 ADDED_TO_HEADER = (
@@ -44,9 +44,9 @@ class _Tokens(_Fields):
 
 class _Logits(_Tokens):
     labels_id: str
-    k: int = Field(ge=0)
-    temperatures: list[float]
-    forced_ids: list[int]
+    k: int = Field(ge=0, le=MAX_VOCABULARY_SIZE)
+    temperatures: list[float] = Field(max_length=1024)
+    forced_ids: list[Annotated[int, Field(ge=0, lt=MAX_VOCABULARY_SIZE)]] = Field(max_length=1024)
     codec: CodecConfig
 
 
@@ -92,7 +92,12 @@ def _checked(manifest: dict[str, Any], name: str) -> dict[str, Any]:
         raise FormatError(f"{name} is no manifest of ours: {where}: {problem['msg']}. Make the store again") from None
     if manifest["kind"] not in ("tokens", "logits"):
         raise FormatError(f"{name} is of kind {manifest['kind']!r}; this version of decant knows tokens and logits")
-    for kind in manifest["columns"].values():
+    forced_ids = manifest.get("forced_ids", [])
+    if len(set(forced_ids)) < len(forced_ids) or any(forced >= manifest["vocabulary_size"] for forced in forced_ids):
+        raise FormatError(f"{name} has forced ids twice, or beyond the vocabulary: it is no manifest of ours")
+    for column, kind in manifest["columns"].items():
+        if column in RESERVED_COLUMNS:
+            raise FormatError(f"{name} has a metadata column {column!r}, which is the store's own")
         if kind not in COLUMN_TYPES:
             raise FormatError(
                 f"{name} has a column of type {kind!r}; this version of decant knows {list(COLUMN_TYPES)}"

@@ -57,10 +57,11 @@ def check_record(record: dict[str, Any], shard: int) -> None:
 def rows_of_record(record: dict[str, Any]) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
     """Length and split of each of the shard's rows. Raises CorruptError."""
     try:
-        packed = zlib.decompress(base64.b64decode(record["index"], validate=True))
-    except (ValueError, zlib.error):
+        stored = base64.b64decode(record["index"], validate=True)
+        lengths_bytes = 4 * record["rows"]
+        packed = zlib.decompressobj().decompress(stored, min(lengths_bytes + record["rows"], 2048 * len(stored)) + 1)
+    except (ValueError, OverflowError, zlib.error):
         raise CorruptError("is no commit record of ours: its index cannot be unpacked") from None
-    lengths_bytes = 4 * record["rows"]
     if len(packed) != lengths_bytes + record["rows"]:
         raise CorruptError(f"is no commit record of ours: its index is not that of {record['rows']} rows")
     return np.frombuffer(packed[:lengths_bytes], "<i4").astype(np.int32), np.frombuffer(packed[lengths_bytes:], np.int8)

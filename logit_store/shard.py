@@ -15,7 +15,7 @@ whenever it is read. The footer serves other Arrow readers and is never read her
 
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -29,14 +29,16 @@ from logit_store.codec.blocks import (
     decode_tokens,
     section_sizes,
 )
-from logit_store.codec.levels import Quantizer
-from logit_store.errors import CorruptError, FormatError
+from logit_store.codec.levels import MAX_LEVELS, Quantizer
+from logit_store.errors import CorruptError, FormatError, StoreError
 from logit_store.identity import canonical_json
 from logit_store.ipc import IPC_ERRORS, read_batch, write_batch
 from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, offsets_of
 
 COLUMN_TYPES = {"string": pa.string(), "int64": pa.int64(), "float64": pa.float64(), "bool": pa.bool_()}
 """Types of metadata columns."""
+
+ArraysT = TypeVar("ArraysT", Tokens, Targets)
 
 RESERVED_COLUMNS = ("lengths", "document", "split", "head_width", "sampled_width", "crc32", "block", "input_ids")
 REDO = "Restore it from a copy, or drop it with `decant verify --drop-damaged` and run the command that made it again"
@@ -52,7 +54,7 @@ class Block(NamedTuple):
 
 def shard_schema(description: dict[str, Any], columns: dict[str, str], levels_L: NDArray[np.float32]) -> pa.Schema:
     """The Arrow schema of a store's shards; ``description`` is what a shard says of itself."""
-    carried = [pa.field(name, pa.list_(COLUMN_TYPES[kind])) for name, kind in columns.items()]
+    carried = [pa.field(name, pa.list_(COLUMN_TYPES[kind])) for name, kind in sorted(columns.items())]
     return pa.schema(
         [
             pa.field("lengths", pa.list_(pa.int32())),
@@ -80,10 +82,16 @@ def write_shard(schema: pa.Schema, blocks: Sequence[Block]) -> tuple[bytes, int]
         "crc32": [zlib.crc32(block.data) for block in blocks],
         "block": [block.data for block in blocks],
     }
-    for name in schema.names:
-        if name not in columns:
-            columns[name] = [[row.columns.get(name) for row in block] for block in rows]
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    carried = [name for name in schema.names if name not in columns]
+    for block in rows:
+        for row in block:
+            if unknown := row.columns.keys() - set(carried):
+                raise StoreError(f"a row carries {sorted(unknown)}, and the store has the columns {carried}")
+    columns |= {name: [[row.columns.get(name) for row in block] for block in rows] for name in carried}
+    try:
+        arrays = [pa.array(columns[field.name], field.type) for field in schema]
+    except (pa.ArrowException, OverflowError) as error:
+        raise StoreError(f"a metadata column holds what is not of its type: {error}") from error
     data = pa.py_buffer(write_batch(pa.record_batch(arrays, schema=schema)))
     # A shard without rows has no first block, and Arrow's empty buffers lie anywhere.
     first_block = read_batch(data)["block"].buffers()[2].address - data.address if blocks else data.size
@@ -106,9 +114,14 @@ class Shard:
             raise self._damaged(f"it is no Arrow file of ours ({error})") from None
         if not batch.schema.equals(schema) or batch.schema.metadata.get(b"decant") != schema.metadata[b"decant"]:
             raise FormatError(f"{name} is a shard of another store: its columns or its identity differ. {REDO}")
+        lists = ("lengths", "document", "split")
+        if any(c.null_count for c in batch.columns) or any(batch[c].values.null_count for c in lists):
+            raise self._damaged("it has holes where no shard has any")
         self.quantizer = Quantizer(_read_levels(batch.schema.metadata.get(b"levels", b""), self._damaged))
         self.batch = batch
         self._lengths = _lists(batch["lengths"])
+        if self._lengths[0][0] != 0:
+            raise self._damaged("its first block does not begin with its first row")
         self._sides = [_lists(batch[column]) for column in ("document", "split")]
         if any(not np.array_equal(offsets, self._lengths[0]) for offsets, _ in self._sides):
             raise self._damaged("it does not say the same of all its rows")
@@ -154,13 +167,14 @@ class Shard:
 
     def tokens(self, block: int) -> Tokens:
         """The tokens of a block, verified."""
-        return decode_tokens(self.layout, self._block(block), self._lengths_of(block), self._name(block))
+        return _sealed(decode_tokens(self.layout, self._block(block), self._lengths_of(block), self._name(block)))
 
     def decode(self, block: int) -> tuple[Tokens, Targets]:
         """Tokens and labels of a block, verified."""
         widths = Widths(*(int(width[block]) for width in self._widths))
         data, lengths_B = self._block(block), self._lengths_of(block)
-        return decode_block(self.layout, data, lengths_B, widths, self.quantizer, self._name(block))
+        tokens, targets = decode_block(self.layout, data, lengths_B, widths, self.quantizer, self._name(block))
+        return _sealed(tokens), _sealed(targets)
 
     def section_bytes(self) -> dict[str, int]:
         """Stored bytes of each section, over all blocks."""
@@ -191,6 +205,13 @@ class Shard:
         return CorruptError(f"{self.name} is damaged: {reason}. {REDO}")
 
 
+def _sealed(arrays: ArraysT) -> ArraysT:
+    """The same arrays, read-only: rows are views of a block that others read as well."""
+    for array in arrays:
+        array.setflags(write=False)
+    return arrays
+
+
 def split_rows(rows: Sequence[TokenRow], targets: Targets) -> Iterator[LogitRow]:
     """The rows of a block, each with its own targets."""
     if len(rows) == 1:
@@ -211,7 +232,12 @@ def _read_levels(stored: bytes, damaged: Any) -> NDArray[np.float32]:
     if len(stored) % 4:
         raise damaged("its levels are cut off")
     levels_L = np.frombuffer(stored, "<f4").astype(np.float32)
-    if not len(levels_L) or levels_L[0] != 0 or not np.isfinite(levels_L).all() or (np.diff(levels_L) <= 0).any():
+    if (
+        not 0 < len(levels_L) <= MAX_LEVELS
+        or levels_L[0] != 0
+        or not np.isfinite(levels_L).all()
+        or (np.diff(levels_L) <= 0).any()
+    ):
         raise damaged("its levels do not ascend from zero")
     return levels_L
 

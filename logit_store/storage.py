@@ -101,7 +101,10 @@ class Storage:
         return True
 
     def _create_local(self, path: Path, data: bytes) -> bool:
+        missing = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
         path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in missing:  # or a crash may lose the folder, and with it what was synced inside
+            _sync_folder(folder.parent)
         temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
         try:
             with open(temporary, "wb") as file:
@@ -112,6 +115,10 @@ class Storage:
                 os.link(temporary, path)
             except FileExistsError:
                 return False
+            except FileNotFoundError:
+                if path.exists():  # a finished run has tidied up, and this file is there
+                    return False
+                raise
         finally:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)

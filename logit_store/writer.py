@@ -24,7 +24,7 @@ from logit_store.format import (
 )
 from logit_store.identity import digest, require_equal, text_id
 from logit_store.index import encode_index, encode_shards, page_checksums
-from logit_store.manifest import layout_of
+from logit_store.manifest import layout_of, read_manifest
 from logit_store.record import rows_of_record
 from logit_store.rows import SPLITS, LogitRow, TokenRow
 from logit_store.storage import Storage
@@ -99,6 +99,8 @@ def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) ->
 
     Raises NotFinishedError when a shard is missing.
     """
+    if storage.exists(MANIFEST):  # another run was faster: what it wrote stands
+        return read_manifest(storage)
     num_shards = int(header["num_shards"])
     records = committed(storage, num_shards)
     if len(records) < num_shards:
@@ -113,6 +115,8 @@ def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) ->
     index, shards = _index(ordered), encode_shards(ordered)
     for name, data in {INDEX: index, SHARDS: shards, **files}.items():
         if not storage.create(name, data) and storage.read(name) != data:
+            if storage.exists(MANIFEST):
+                return read_manifest(storage)
             storage.delete(name)  # left by an attempt that died before the manifest, with another library version
             storage.create(name, data)
     _remove_strays(storage, records)
@@ -125,7 +129,7 @@ def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) ->
         **{f"num_{name}": sum(record[name] for record in ordered) for name in ("rows", "tokens", "positions", "bytes")},
     }
     storage.create(MANIFEST, seal("manifest", manifest))
-    return manifest
+    return read_manifest(storage)
 
 
 def _index(records: Sequence[Record]) -> bytes:
@@ -159,6 +163,8 @@ def _put(storage: Storage, name: str, data: bytes) -> None:
                 return
         except FileNotFoundError:
             continue
+        if storage.exists(record_name(int(name.split("/")[1][:6]))):
+            return  # somebody has committed this shard by now: nobody's object is ours to touch
         storage.delete(name)
 
 

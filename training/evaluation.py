@@ -35,7 +35,7 @@ def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, 
     total = np.zeros(3 + 3 * NUM_BINS)
     for prefix in prefixes:
         tokens, targets = store[prefix.row]
-        ids_PK, logprobs_PK = (torch.from_numpy(a) for a in targets.padded_heads(store.manifest["k"]))
+        ids_PK, logprobs_PK = (torch.tensor(a) for a in targets.padded_heads(store.manifest["k"]))
         top_ids_P, top_logprobs_P = top_of_heads(ids_PK.long(), logprobs_PK)
         predictions = Predictions(torch.from_numpy(-targets.next_logprob_P), top_ids_P, top_logprobs_P.exp())
         next_ids_P = torch.from_numpy(tokens.input_ids_T[1:].astype(np.int64))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_store.codec.ids import join_ids, split_ids, sum_bins
+from logit_store.codec.ids import join_ids, split_ids, sum_bins, sum_lone_bins
 from logit_store.codec.kernels import fastest
 from logit_store.codec.levels import CELLS_PER_NAT, Quantizer
 from logit_store.codec.planes import Packer, Unpacker, pack
@@ -47,6 +47,10 @@ class Tokens(NamedTuple):
     lengths_B: NDArray[np.int32]
     input_ids_T: NDArray[np.int32]
     loss_mask_P: NDArray[np.bool_]
+
+
+def _unpacker(layout: Layout, block: Any, name: str) -> Unpacker:
+    return Unpacker(block, name, sum(section_planes(layout).values()))
 
 
 def section_planes(layout: Layout) -> dict[str, int]:
@@ -89,6 +93,9 @@ def encode_block(layout: Layout, tokens: Tokens, targets: Targets | None, quanti
     widths = Widths()
     if targets is not None:
         widths = Widths(int(targets.head_counts_P.max(initial=0)), int(targets.sampled_counts_P.max(initial=0)))
+
+    if max(widths) >= 2**24:
+        raise StoreError(f"a position of {max(widths):,} entries: heads and draws must stay below 2^24")
 
     def fill(packer: Packer) -> None:
         bins_T, low = split_ids(tokens.input_ids_T, np.ones_like(tokens.input_ids_T))
@@ -134,7 +141,7 @@ def _fill_targets(
 
 def decode_tokens(layout: Layout, block: Any, lengths_B: NDArray[np.int32], name: str) -> Tokens:
     """The tokens of a block. Raises CorruptError; ``name`` says of what."""
-    return _take_tokens(layout, Unpacker(block, name), lengths_B)
+    return _take_tokens(layout, _unpacker(layout, block, name), lengths_B)
 
 
 def decode_block(
@@ -149,7 +156,7 @@ def decode_block(
 
     Raises CorruptError where the bytes are not such a block; ``name`` says of what.
     """
-    unpacker = Unpacker(block, name)
+    unpacker = _unpacker(layout, block, name)
     tokens = _take_tokens(layout, unpacker, lengths_B)
     p, num_forced = len(tokens.loss_mask_P), len(layout.forced_ids)
     tail_P = unpacker.take(p, 4, np.float32)
@@ -160,6 +167,7 @@ def decode_block(
     counts_P, num_entries = _take_counts(unpacker, p, widths.head)
     if _is_dense(layout, widths, counts_P):
         unpacker.skip(3)
+        unpacker.charge(4 * num_entries)
         ids_N = np.tile(np.arange(layout.vocabulary_size, dtype=np.int32), p)
     else:
         ids_N = _take_ids(unpacker, layout, counts_P, num_entries)
@@ -168,6 +176,7 @@ def decode_block(
         logprobs_N = unpacker.take(num_entries, 4, np.float32)
     else:
         base_P, codes_N = unpacker.take(p, 2, np.uint16), unpacker.take(num_entries, 2, np.uint16)
+        unpacker.charge(4 * num_entries)
         logprobs_N = np.empty(num_entries, np.float32)
         levels = (quantizer.logprobs_L, quantizer.probs_L)
         fastest().decode_head(codes_N, base_P, counts_P, *levels, logprobs_N, sums_P)
@@ -179,7 +188,7 @@ def decode_block(
 
 def section_sizes(layout: Layout, block: Any, name: str) -> dict[str, int]:
     """Stored bytes of each section of a block, and of the block's own header."""
-    unpacker = Unpacker(block, name)
+    unpacker = _unpacker(layout, block, name)
     sizes = {section: unpacker.sizes(planes) for section, planes in section_planes(layout).items()}
     return sizes | {"block_headers": len(block) - sum(sizes.values())}
 
@@ -209,6 +218,7 @@ def sort_targets(targets: Targets) -> Targets:
 
 def _take_tokens(layout: Layout, unpacker: Unpacker, lengths_B: NDArray[np.int32]) -> Tokens:
     num_tokens, p = int(lengths_B.sum(dtype=np.int64)), num_positions(lengths_B)
+    unpacker.charge(2 * p)
     input_ids_T = _take_ids(unpacker, layout, None, num_tokens)
     unmasked = unpacker.take((p + 7) // 8, 1, np.uint8)
     return Tokens(lengths_B, input_ids_T, np.unpackbits(unmasked, count=p, bitorder="little") == 0)
@@ -233,12 +243,13 @@ def _take_ids(
         unpacker.skip(3)
         return np.zeros(0, np.int32)
     bins_N = unpacker.take(num_entries, 2, np.uint16)
-    counts_P = np.ones(num_entries, np.int32) if counts_P is None else counts_P
+    unpacker.charge(4 * num_entries)
+    num_positions = num_entries if counts_P is None else len(counts_P)
     try:
-        num_bytes = sum_bins(bins_N, counts_P)
+        num_bytes = sum_lone_bins(bins_N) if counts_P is None else sum_bins(bins_N, counts_P)
     except ValueError as error:
         raise unpacker.error(f"it holds {error}") from None
-    ids_N, largest = join_ids(bins_N, unpacker.take(num_bytes, 1, np.uint8), len(counts_P))
+    ids_N, largest = join_ids(bins_N, unpacker.take(num_bytes, 1, np.uint8), num_positions)
     if largest >= layout.vocabulary_size:
         raise unpacker.error(f"it holds id {largest}, beyond the vocabulary of {layout.vocabulary_size}")
     return ids_N

@@ -10,7 +10,13 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-jit = njit(nogil=True, cache=True, boundscheck=False)
+
+def jit(function: Any) -> Any:
+    """Compile, and keep what was compiled where there is a folder for it: not in every container there is."""
+    try:
+        return njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
 
 
 @jit

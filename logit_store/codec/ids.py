@@ -66,6 +66,13 @@ def sum_bins(steps_N: NDArray[np.uint16], counts_P: NDArray[np.int32]) -> int:
     return (bits + 7) // 8
 
 
+def sum_lone_bins(bins_T: NDArray[np.uint16]) -> int:
+    """The same for ids that stand alone, each its position's first: how many bytes their low bits take."""
+    if len(bins_T) and int(bins_T.max()) >= len(_SHORT.bits):
+        raise ValueError("an id beyond 2^24")
+    return (int(np.take(_SHORT.bits, bins_T).sum(dtype=np.int64)) + 7) // 8
+
+
 def join_ids(
     bins_N: NDArray[np.uint16], packed: NDArray[np.uint8], num_positions: int
 ) -> tuple[NDArray[np.int32], int]:

@@ -38,9 +38,9 @@ class CodecConfig(Config):
 
     kind: Literal["lossy", "exact"] = "lossy"
     """`lossy`: rounded within the two bounds below. `exact`: float32 to the last bit, at about twice the bytes."""
-    max_kl: float = Field(1e-4, gt=0.0, le=1.0)
+    max_kl: float = Field(1e-4, ge=1e-7, le=1.0)
     """Mean KL divergence in nats, over a shard, that rounding may cost: measured by the writer, which chooses by it."""
-    max_error: float = Field(0.5, gt=1e-3, le=4.0)
+    max_error: float = Field(0.5, ge=4e-3, le=4.0)
     """Largest error in nats of any stored log-probability."""
 
 

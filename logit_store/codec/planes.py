@@ -20,10 +20,13 @@ MAX_PLANES = 64
 ZSTD_LEVEL = 1
 """Planes have no repeats to find, only a distribution: higher levels cost time and gain less than 1 %."""
 
-MAX_EXPANSION = 1024
-FREE_BYTES = 4 * 2**20
-"""A block may unpack to ``max(FREE_BYTES, MAX_EXPANSION × its size)`` bytes, no more: a small file cannot ask for large
-memory. Real labels unpack to 3 to 10 times their size; a block of zeros beyond the limit is stored uncompressed."""
+MAX_EXPANSION = 128
+FREE_BYTES = 8 * 2**20
+"""The arrays of a block may take ``max(FREE_BYTES, MAX_EXPANSION × its size)`` bytes, no more: a small file cannot ask
+for large memory. Those of real labels take 10 times its size; zeros beyond the limit are stored uncompressed."""
+
+ARRAYS_PER_PLANE = 8
+"""What decoding allocates per byte of the planes, at most: of two planes of a dense head come codes, ids, log-probs."""
 
 _ZEROS = np.zeros(0, np.uint8)
 _local = threading.local()
@@ -68,12 +71,14 @@ class Packer:
 class Unpacker:
     """Reads the planes of a block (bytes or an array of them) in order. Raises CorruptError where it is none."""
 
-    def __init__(self, block: Any, name: str) -> None:
+    def __init__(self, block: Any, name: str, num_planes: int = MAX_PLANES) -> None:
         self.name = name
         self._block = memoryview(block)
         self._budget = max(FREE_BYTES, MAX_EXPANSION * len(block))
         mask = int.from_bytes(self._block[:8], "little")
         places = [i for i in range(MAX_PLANES) if mask >> i & 1]
+        if places and places[-1] >= num_planes:
+            raise self.error("it has planes of nothing")
         self._at = 8 + 4 * len(places)
         if len(block) < self._at:
             raise self.error("it ends within its header")
@@ -86,6 +91,12 @@ class Unpacker:
     def error(self, reason: str) -> CorruptError:
         """What is wrong with this block, and where it is."""
         return CorruptError(f"{self.name} is damaged: {reason}. Restore it from a copy, or make the shard again")
+
+    def charge(self, num_bytes: int) -> None:
+        """Count an array that is about to be allocated. Raises CorruptError where the block asks for too much."""
+        self._budget -= num_bytes
+        if self._budget < 0:
+            raise self.error(f"it asks for more memory than {MAX_EXPANSION} times its size")
 
     def skip(self, num_planes: int) -> None:
         """Pass over planes that nobody wants."""
@@ -105,9 +116,7 @@ class Unpacker:
         if not num_values:
             self.skip(num_planes)
             return np.zeros(0, dtype)
-        self._budget -= num_values * dtype.itemsize
-        if self._budget < 0:
-            raise self.error(f"it asks for more memory than {MAX_EXPANSION} times its size")
+        self.charge(num_values * dtype.itemsize)
         planes = [self._take_plane(num_values) for _ in range(num_planes)]
         if dtype.itemsize == 1:
             return planes[0] if len(planes[0]) else np.zeros(num_values, dtype)
@@ -144,7 +153,7 @@ def pack(fill: Callable[[Packer], None]) -> bytes:
     packer = Packer()
     fill(packer)
     block = packer.bytes()
-    if packer.raw_bytes > max(FREE_BYTES, MAX_EXPANSION // 2 * len(block)):  # three planes become four bytes
+    if ARRAYS_PER_PLANE * packer.raw_bytes > max(FREE_BYTES, MAX_EXPANSION * len(block)):
         packer = Packer(compress=False)
         fill(packer)
         block = packer.bytes()

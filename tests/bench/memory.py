@@ -1,6 +1,6 @@
 """Peak memory of teacher scoring and of the student's loss at V = 151,936, beside the plain dense way.
 
-    python tests/bench/memory.py            # measures, prints a table, writes docs/benchmarks/memory.csv
+    python -m tests.bench.memory            # measures, prints a table, writes docs/benchmarks/memory.csv
 
 Each figure is the peak resident memory of a process of its own, less what it held before the work began. The
 model is small, so that what is seen is the logits.

@@ -1,6 +1,6 @@
 """The store beside the plain ways to keep soft labels: bytes, speed, latency, memory, in one run on the same labels.
 
-    python tests/bench/store.py            # measures, prints tables, writes docs/benchmarks/store.csv
+    python -m tests.bench.store            # measures, prints tables, writes docs/benchmarks/store.csv
 
 Labels are synthetic (V = 151,936, rows of 512 tokens, see synthetic.py) and, where `make demo` has been run, the demo
 teacher's (scored again at k = 128 with the exact codec). Beside the store: Arrow IPC with int32 ids and float16

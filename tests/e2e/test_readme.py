@@ -18,6 +18,7 @@ from training.config import TrainConfig
 BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.strip()]
 (BY_HAND,) = (block for block in BLOCKS if "corpus.py" in block)
+(STORE,) = (block for block in BLOCKS if "decant verify" in block)
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +56,15 @@ def test_the_demo_by_hand(folder: Path) -> None:
     assert len(list((folder / "runs/demo/store/shards").glob("*.arrow"))) >= 8
 
 
+@pytest.mark.parametrize("line", [line for line in STORE.splitlines() if " merge " not in line])
+def test_the_commands_of_the_store(folder: Path, line: str) -> None:
+    """On the store that the test before has made."""
+    done = subprocess.run(
+        [DECANT, *shlex.split(line, comments=True)[1:]], cwd=folder, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_the_demo_script_runs_the_commands_of_the_readme() -> None:
     script = (ROOT / "configs/demo/run.py").read_text()
     for line in BY_HAND.splitlines():
@@ -66,7 +76,7 @@ def test_the_demo_script_runs_the_commands_of_the_readme() -> None:
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if line not in BY_HAND and not line.startswith("make ")])
 def test_every_other_command_is_one_that_exists(line: str) -> None:
-    words = shlex.split(line)
+    words = shlex.split(line, comments=True)
     assert words[0] in ("decant", "ray", "deepspeed"), line
     if words[0] == "decant":
         decant._parser().parse_args(words[1:])

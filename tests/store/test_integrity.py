@@ -19,6 +19,8 @@ import pytest
 import zstandard
 
 from logit_store import LogitStore, Storage, open_store, storage, writer
+from logit_store.codec.blocks import Layout, Widths, decode_block
+from logit_store.codec.levels import Quantizer
 from logit_store.codec.planes import Packer, Unpacker
 from logit_store.encode import encode_logits
 from logit_store.errors import CorruptError, FormatError, NotFinishedError, StoreError
@@ -204,6 +206,9 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
         (lambda m: m.pop("tokenizer"), "tokenizer"),
         (lambda m: m["index"].update(bytes=10**15), "size is not that of the manifest"),
         (lambda m: m["index"].update(crc32=[]), "size is not that of the manifest"),
+        (lambda m: m.update(forced_ids=[-1]), "forced_ids"),
+        (lambda m: m.update(forced_ids=[64]), "forced ids"),
+        (lambda m: m.update(columns={"lengths": "int64"}), "store's own"),
         (lambda m: m.update(labels_id="of another store"), "shard of another store"),
     ],
 )
@@ -257,7 +262,8 @@ BOMB = zstandard.ZstdCompressor(level=19).compress(bytes(2**28))
         (block_of(), [100_000], (2**24, 0), "more memory than"),
         (block_of(BOMB), [3], (1, 0), "does not hold what the planes before it say"),
         (block_of(BOMB), [2**28], (1, 0), "more memory than"),
-        (b"\xff" * 8, [3], (1, 0), "ends within its header"),
+        (b"\xff" * 8, [3], (1, 0), "planes of nothing"),
+        (b"\xff" * 4 + bytes(4), [3], (1, 0), "ends within its header"),
         (b"\x01" + bytes(7) + b"\xff" * 4, [3], (1, 0), "do not fill it"),
         (block_of(b"\xff\xff\xff", b"\xff\xff\xff"), [3], (1, 0), "beyond 2\\^24"),
         (block_of(b"\xff\xff\xff", b"", b"\xff" * 6), [3], (1, 0), "beyond the vocabulary"),
@@ -265,7 +271,7 @@ BOMB = zstandard.ZstdCompressor(level=19).compress(bytes(2**28))
         (block_of(), [-5], (0, 0), "negative length"),
         (block_of(b"zstd?" * 9), [100], (1, 0), "cannot be decompressed|does not hold"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_lying_block_is_refused_before_it_costs_memory(
     tmp_path: Path, block: bytes, lengths: list[int], widths: tuple[int, int], reason: str
@@ -282,6 +288,14 @@ def test_a_lying_block_is_refused_before_it_costs_memory(
     assert done.returncode == 0, done.stderr[-2000:]
     assert "000000-" in done.stdout
     assert re.search(reason, done.stdout), done.stdout
+
+
+def test_a_dense_lie_costs_no_memory(tmp_path: Path) -> None:
+    """At K = V the ids are not stored: a block of nothing says that it holds the whole vocabulary, many times."""
+    quantizer = Quantizer(np.zeros(1, np.float32))
+    layout = Layout(2**24, True)
+    with pytest.raises(CorruptError, match="more memory than"):
+        decode_block(layout, block_of(), np.array([200], np.int32), Widths(2**24, 0), quantizer, "x")
 
 
 def test_a_shard_that_arrow_would_decompress_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from logit_store import LogitRow, Targets, TokenRow
 from logit_store.codec import kernels
 from logit_store.codec.blocks import Layout
 from logit_store.codec.levels import CodecConfig
-from logit_store.encode import encode_logits
+from logit_store.encode import encode_logits, encode_tokens
 from logit_store.errors import StoreError
 from tests.store.made import V, in_order, make_row, targets_of, write_store, write_tokens
 
@@ -220,3 +220,59 @@ def test_token_stores_carry_masks_and_columns(tmp_path: Path) -> None:
         np.testing.assert_array_equal(store[i].input_ids_T, row.input_ids_T)
         mask = store[i].loss_mask_P
         np.testing.assert_array_equal(np.ones_like(row.loss_mask_P) if mask is None else mask, row.loss_mask_P)
+
+
+def test_labels_that_do_not_quite_sum_to_one_are_measured_by_their_rounding() -> None:
+    """bfloat16 engines are off by 1e-3: neither refused, nor hiding what rounding costs."""
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 100, 16, 300, temperatures=0) for _ in range(6)]
+    plain = encode_logits(rows, Layout(300, True), LOSSY, {}, {}).facts
+    assert plain["sum_error"] < 1e-5
+    for off in (-4e-3, 1e-3):
+        shifted = []
+        for row in rows:
+            targets = row.targets
+            changed = {name: getattr(targets, name) + np.float32(off) for name in ("head_logprobs_N", "next_logprob_P")}
+            shifted.append(row._replace(targets=targets._replace(**changed)))
+        facts = encode_logits(shifted, Layout(300, True), LOSSY, {}, {}).facts
+        assert facts["mean_kl"] == pytest.approx(plain["mean_kl"], rel=0.3)
+        assert facts["sum_error"] == pytest.approx(abs(off), rel=0.05)
+    with pytest.raises(StoreError, match=r"when read: set store.codec.max_error higher"):
+        encode_logits(shifted, Layout(300, True), CodecConfig(max_error=0.004, max_kl=1e-7), {}, {})
+
+
+@pytest.mark.parametrize("lengths", [(6, 4), (6, 6), (4,)])
+def test_a_mask_of_another_length_is_refused(lengths: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, 6, 2, temperatures=0) for _ in lengths]
+    masked = [
+        row._replace(tokens=row.tokens._replace(loss_mask_P=np.ones(n, bool)))
+        for row, n in zip(rows, lengths, strict=True)
+    ]
+    with pytest.raises(StoreError, match=r"a row of 6 tokens has a loss mask of \d"):
+        encode_logits(masked, Layout(V, True), LOSSY, {}, {})
+    with pytest.raises(StoreError, match=r"a row of 6 tokens has a loss mask of \d"):
+        encode_tokens([row.tokens for row in masked], Layout(V, False), {}, {})
+
+
+def test_labels_of_another_row_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    long, short = (make_row(rng, n, V, temperatures=0) for n in (8, 4))
+    six = [make_row(rng, 6, V, temperatures=0) for _ in range(2)]
+    swapped = [six[0]._replace(targets=long.targets), six[1]._replace(targets=short.targets)]  # as many in all
+    with pytest.raises(StoreError, match="labels and tokens do not belong together"):
+        encode_logits(swapped, Layout(V, True), LOSSY, {}, {})
+
+
+def test_metadata_that_the_store_does_not_know_is_refused() -> None:
+    rng = np.random.default_rng(0)
+    for columns, reason in (({"ulr": "x"}, r"carries \['ulr'\]"), ({"url": 5}, "not of its type")):
+        row = make_row(rng, 6, 2, temperatures=0, columns=columns)
+        with pytest.raises(StoreError, match=reason):
+            encode_logits([row], Layout(V, True), LOSSY, {"url": "string"}, {})
+
+
+def test_rows_that_were_read_cannot_be_changed(tmp_path: Path) -> None:
+    store = write_store(str(tmp_path / "store"), [[make_row(np.random.default_rng(0), 9, 4)]])
+    with pytest.raises(ValueError, match="read-only"):
+        store[0].targets.head_logprobs_N[:] = 0

@@ -215,7 +215,7 @@ def test_an_interrupted_slice_goes_on(parent: LogitStore, tmp_path: Path, monkey
         (Part(k=0), "choose 1 to 16"),
         (Part(rows="9:20"), "there are 9 rows"),
         (Part(rows="first"), "--rows first: give A:B"),
-        (Part(k=3, codec={"max_kl": -1.0}), "max_kl: input should be greater than 0"),
+        (Part(k=3, codec={"max_kl": -1.0}), "max_kl: input should be greater than or equal to 0.0000001"),
     ],
 )
 def test_what_cannot_be_sliced_is_refused_before_anything_is_written(

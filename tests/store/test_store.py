@@ -128,6 +128,14 @@ def test_finish_removes_what_dead_attempts_left(tmp_path: Path) -> None:
     assert sorted(path.suffix for path in shards.iterdir()) == [".arrow", ".arrow", ".json", ".json"]
 
 
+def test_a_finished_store_is_never_finished_again(tmp_path: Path) -> None:
+    store, _ = example(tmp_path)
+    before = {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")}
+    again = writer.finish(store.storage, make_header(2), {"tokenizer/tokenizer.json": b"of another version"})
+    assert again == store.manifest
+    assert {path: path.read_bytes() for path in (tmp_path / "store").rglob("*.*")} == before
+
+
 def test_a_shard_without_rows_is_a_shard(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [make_row(rng, length, 8) for length in (4, 9)]
