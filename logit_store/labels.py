@@ -25,7 +25,7 @@ def join_rows(layout: Layout, rows: Sequence[TokenRow]) -> Tokens:
             )
     tokens = join_tokens(rows)
     _check_ids(layout, tokens.input_ids_T)
-    return tokens
+    return tokens._replace(input_ids_T=tokens.input_ids_T.astype(np.int32), loss_mask_P=tokens.loss_mask_P.astype(bool))
 
 
 def join_labels(layout: Layout, rows: Sequence[LogitRow]) -> tuple[Tokens, Targets, NDArray[np.float64]]:
@@ -36,8 +36,6 @@ def join_labels(layout: Layout, rows: Sequence[LogitRow]) -> tuple[Tokens, Targe
     tokens = join_rows(layout, [row.tokens for row in rows])
     parts = [_converted(layout, row) for row in rows]
     targets = parts[0] if len(parts) == 1 else Targets(*(np.concatenate(c) for c in zip(*parts, strict=True)))
-    _check_ids(layout, targets.head_ids_N)
-    _check_ids(layout, targets.sampled_ids_M)
     targets = sort_targets(targets)
     _check_values(targets)
     # Float noise may leave a tail a little more likely than certain; no reader should have to know.
@@ -109,6 +107,8 @@ def _converted(layout: Layout, row: LogitRow) -> Targets:
                 f"a row of {p + 1} tokens has labels whose {name} are {values.shape}; they must be {shape}: labels and "
                 "tokens do not belong together"
             )
+        if "ids" in name:
+            _check_ids(layout, values)  # before a wider integer is cut to 32 bits
         is_whole = "ids" in name or "counts" in name
         converted[name] = np.ascontiguousarray(values, np.int32 if is_whole else np.float32)
     return Targets(**converted)

@@ -1,15 +1,18 @@
 """Shards of a remote store, kept on the local disk: fetched once, mapped from there, the longest unused thrown away."""
 
 import os
+import time
 import uuid
 from pathlib import Path
 
-from logit_store.errors import ConfigError, CorruptError
+from logit_store.errors import ConfigError, CorruptError, StoreError
 from logit_store.identity import digest_file
 from logit_store.shard import REDO
 from logit_store.storage import Storage
 
 DEFAULT_BYTES = 64 * 2**30
+ABANDONED_S = 24 * 3600
+"""Age from which a temporary file is one that a killed process left."""
 
 
 class ShardCache:
@@ -26,7 +29,8 @@ class ShardCache:
     def fetch(self, storage: Storage, name: str, sha256: str) -> str:
         """Local path of a copy of the file, whose bytes were verified when it was fetched.
 
-        Raises FileNotFoundError, and CorruptError where the remote file does not have this SHA-256.
+        Raises FileNotFoundError, CorruptError where the remote file does not have this SHA-256, StoreError where it
+        cannot be fetched.
         """
         path = self.folder / f"{sha256}.arrow"
         try:
@@ -40,6 +44,13 @@ class ShardCache:
             if digest_file(temporary) != sha256:
                 raise CorruptError(f"{storage.path(name)} is damaged: its checksum does not match. {REDO}")
             os.replace(temporary, path)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise StoreError(
+                f"{storage.path(name)} cannot be fetched into {self.folder}: {error.strerror or error}. "
+                "DECANT_CACHE_DIR and DECANT_CACHE_BYTES say where copies are kept, and how much of them"
+            ) from error
         finally:
             temporary.unlink(missing_ok=True)
         self._shrink(keep=path)
@@ -52,9 +63,13 @@ class ShardCache:
     def _shrink(self, keep: Path) -> None:
         """Delete the longest unused copies until the rest fits. Whoever has one mapped can go on reading it."""
         copies = []
-        for path in self.folder.glob("*.arrow"):
+        for path in (*self.folder.glob("*.arrow"), *self.folder.glob("*.tmp")):
             try:
-                copies.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+                status = path.stat()
+                if path.suffix == ".arrow":
+                    copies.append((status.st_mtime_ns, status.st_size, path))
+                elif status.st_mtime < time.time() - ABANDONED_S:
+                    path.unlink()
             except FileNotFoundError:
                 continue  # another process was faster
         total = sum(size for _, size, _ in copies)

@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cluster.config import SourceConfig
+from cluster.config import CacheConfig, SourceConfig
 from cluster.corpus import corpus_identity, load_documents
 from cluster.tokenize import document_rows, load_tokenizer
+from logit_store.config import parse_config
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size
 from tests.toy import WINDOW
@@ -141,3 +142,48 @@ def test_padding_and_truncation_do_not_change_a_tokenizers_identity(tokenizer: P
 def test_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no tokenizer at"):
         load_tokenizer(str(tmp_path), None)
+
+
+def tokenize_here(tmp_path: Path, tokenizer: Path, columns: list[str]) -> Any:
+    """`decant tokenize` of a small Parquet file, its tasks run in this process."""
+    from contextlib import nullcontext
+    from unittest import mock
+
+    from cluster import ray_cluster
+    from cluster.tokenize import tokenize
+
+    table = {"text": TEXTS, "url": [f"https://example.org/{i}" for i in range(4)], "stars": [1, None, 3, 4]}
+    table |= {"score": [0.5, 1.5, 2.5, 3.5], "fork": [True, False, True, False], "tags": [["a"], [], ["b"], []]}
+    pa.parquet.write_table(pa.table(table), tmp_path / "documents.parquet")
+    raw = {
+        "tokens": {"path": str(tmp_path / "tokens"), "source": {"files": [str(tmp_path / "documents.parquet")]},
+                   "tokenizer": str(tokenizer), "window": WINDOW, "num_shards": 2, "columns": columns},
+        "teacher": {"model": "none"}, "store": {"path": str(tmp_path / "store")},
+    }  # fmt: skip
+    config = parse_config(CacheConfig, raw, "test")
+    here: dict[str, Any] = {
+        "session": lambda _: nullcontext(),
+        "map_tasks": lambda f, items: (f(*item) for item in items),
+    }
+    with mock.patch.multiple(ray_cluster, **here):
+        return tokenize(config)
+
+
+def test_rows_carry_the_columns_that_were_asked_for(tmp_path: Path, tokenizer: Path) -> None:
+    store = tokenize_here(tmp_path, tokenizer, ["url", "stars", "score", "fork"])
+    assert store.manifest["columns"] == {"url": "string", "stars": "int64", "score": "float64", "fork": "bool"}
+    carried = [dict(store[i].columns) for i in range(len(store))]
+    assert carried[0] == {"url": "https://example.org/0", "stars": 1, "score": 0.5, "fork": True}
+    assert {row["url"][-1] for row in carried} == {"0", "1", "3"}  # the third document has no text
+    assert [row["stars"] for row in carried if row["url"][-1] == "1"] == [None]
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"), [(["author"], "names 'author'.*text, url"), (["tags"], "only"), (["input_ids"], "own")]
+)
+def test_columns_that_cannot_be_carried_are_named(
+    tmp_path: Path, tokenizer: Path, columns: list[str], reason: str
+) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        tokenize_here(tmp_path, tokenizer, columns)
+    assert not (tmp_path / "tokens").exists()

@@ -264,6 +264,25 @@ def test_labels_of_another_row_are_refused() -> None:
         encode_logits(swapped, Layout(V, True), LOSSY, {}, {})
 
 
+def test_wider_numbers_are_narrowed_and_never_wrapped() -> None:
+    row = make_row(np.random.default_rng(0), 9, 4, temperatures=0)
+    targets, ids = row.targets, row.tokens.input_ids_T
+    wide = row._replace(
+        tokens=row.tokens._replace(input_ids_T=ids.astype(np.int64)),
+        targets=targets._replace(
+            head_ids_N=targets.head_ids_N.astype(np.int64), next_logprob_P=targets.next_logprob_P.astype(np.float64)
+        ),
+    )
+    layout = Layout(V, True)
+    assert encode_logits([wide], layout, LOSSY, {}, {}).data == encode_logits([row], layout, LOSSY, {}, {}).data
+    for changed in (
+        wide._replace(tokens=wide.tokens._replace(input_ids_T=wide.tokens.input_ids_T + 2**32)),
+        wide._replace(targets=wide.targets._replace(head_ids_N=wide.targets.head_ids_N + 2**32)),
+    ):
+        with pytest.raises(StoreError, match="outside the vocabulary"):
+            encode_logits([changed], layout, LOSSY, {}, {})
+
+
 def test_metadata_that_the_store_does_not_know_is_refused() -> None:
     rng = np.random.default_rng(0)
     for columns, reason in (({"ulr": "x"}, r"carries \['ulr'\]"), ({"url": 5}, "not of its type")):

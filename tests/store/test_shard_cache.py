@@ -1,5 +1,6 @@
 """Remote stores: shards are fetched once, kept within a limit, and verified wherever they were damaged."""
 
+import os
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from logit_store import LogitStore
-from logit_store.errors import ConfigError, CorruptError
+from logit_store.errors import ConfigError, CorruptError, StoreError
 from logit_store.shard_cache import ShardCache
 from tests.store.made import make_row, write_store
 from tests.store.test_round_trip import assert_same
@@ -83,6 +84,25 @@ def test_a_damaged_remote_shard_is_named(remote: Any, tmp_path: Path) -> None:
     store.storage.fs.rm_file(name)
     with pytest.raises(CorruptError, match=f"{name} is missing"):
         _ = LogitStore.open(store.storage.url, ShardCache(str(tmp_path)))[3]
+
+
+def test_what_killed_fetches_left_is_thrown_away(remote: Any, tmp_path: Path) -> None:
+    store, rows = remote
+    old, new = tmp_path / "old.tmp", tmp_path / "new.tmp"
+    for path in (old, new):
+        path.write_bytes(b"half of a shard")
+    os.utime(old, (0, 0))
+    read_all(LogitStore.open(store.storage.url, ShardCache(str(tmp_path))), rows)
+    assert not old.exists()
+    assert new.exists()  # somebody may be writing it
+
+
+def test_a_fetch_that_fails_says_so(remote: Any, tmp_path: Path) -> None:
+    store, _ = remote
+    opened = LogitStore.open(store.storage.url, ShardCache(str(tmp_path)))
+    failing = mock.patch.object(store.storage.fs, "get_file", side_effect=OSError(28, "No space left on device"))
+    with failing, pytest.raises(StoreError, match=r"cannot be fetched into .*No space left"):
+        _ = opened[0]
 
 
 def test_where_and_how_much_is_for_the_user_to_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
