@@ -17,12 +17,13 @@ from logit_store.codec.blocks import (
     decode_block,
     decode_tokens,
     encode_block,
+    held_elsewhere,
     section_sizes,
 )
 from logit_store.codec.kernels import fastest
 from logit_store.codec.levels import CELLS_PER_NAT, CodecConfig, Quantizer, levels
 from logit_store.errors import StoreError
-from logit_store.labels import join_labels, join_rows, kept_sums, normalised, sum_error
+from logit_store.labels import Elsewhere, check_sums, join_labels, join_rows, kept_sums, normalised, sum_error
 from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, offsets_of
 from logit_store.shard import Block, shard_schema, write_shard
 
@@ -50,6 +51,8 @@ class _Part(NamedTuple):
     targets: Targets
     reference: Targets
     """The targets with sums of exactly one: what rounding is measured against."""
+    elsewhere: Elsewhere
+    """Which next and forced ids their heads hold already."""
     largest: float
     """Of their finite −log p."""
     sum_error: float
@@ -156,13 +159,15 @@ def _parts(rows: Sequence[RowT], work: Sequence[int]) -> list[Sequence[RowT]]:
 
 
 def _prepare(layout: Layout, rows: Sequence[LogitRow], codec: CodecConfig) -> _Part:
-    tokens, targets, sums_P = join_labels(layout, rows)
+    tokens, targets = join_labels(layout, rows)
+    elsewhere = held_elsewhere(layout, tokens, targets)
+    sums_P = check_sums(targets, elsewhere)
     reference = targets if layout.exact else normalised(targets, sums_P, codec.max_error / 2)
     largest = 0.0
     for values in (targets.head_logprobs_N, targets.next_logprob_P, targets.forced_logprobs_PF):
         smallest = float(values.min(initial=0.0))
         largest = max(largest, -(smallest if smallest > -np.inf else values[np.isfinite(values)].min(initial=0.0)))
-    return _Part(rows, tokens, targets, reference, largest, sum_error(targets, sums_P))
+    return _Part(rows, tokens, targets, reference, elsewhere, largest, sum_error(targets, sums_P))
 
 
 def _encode_blocks(layout: Layout, parts: Sequence[_Part], quantizer: Quantizer) -> tuple[list[Block], float, float]:
@@ -196,13 +201,13 @@ def _measure(
         came, true, stored = (getattr(labels, name) for labels in (targets, part.reference, decoded))
         largest = max(largest, float(np.abs(_differences(came, stored)).max(initial=0.0)))
         terms.append(np.exp(true) * _differences(true, stored))
-    sums_P = kept_sums(layout, tokens, targets, [np.exp(getattr(decoded, name)) for name in names])
+    sums_P = kept_sums(targets, part.elsewhere, [np.exp(getattr(decoded, name)) for name in names])
     if (error := sum_error(decoded, sums_P)) > 1e-4:
         raise StoreError(
             f"a position's kept ids and tail sum to 1 ± {part.sum_error:.2g} as they come, and to 1 ± {error:.2g} when "
             "read: set store.codec.max_error higher, which bounds by how much a reader rescales, or kind=exact"
         )
-    return kept_sums(layout, tokens, targets, terms), largest
+    return kept_sums(targets, part.elsewhere, terms), largest
 
 
 def _differences(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -217,7 +222,7 @@ def _differences(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.f
 def _require_same(wanted: Any, found: Any, names: Sequence[str]) -> None:
     for name in names:
         a, b = np.ascontiguousarray(getattr(wanted, name)), np.ascontiguousarray(getattr(found, name))
-        if a.shape != b.shape or a.tobytes() != b.tobytes():
+        if a.shape != b.shape or not np.array_equal(a.reshape(-1).view(np.uint8), b.reshape(-1).view(np.uint8)):
             raise StoreError(f"{name} of a new block would be read as something else: an error of the store itself")
 
 

@@ -6,12 +6,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_store.codec.blocks import Layout, Tokens, held_elsewhere, join_tokens, sort_targets
+from logit_store.codec.blocks import Layout, Tokens, join_tokens, sort_targets
 from logit_store.errors import StoreError
 from logit_store.rows import LogitRow, Targets, TokenRow, offsets_of
 
 MAX_SUM_ERROR = 1e-2
 """How far kept mass and tail may be from one before they are refused: bfloat16 engines give 1e-3."""
+
+Elsewhere = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Which next ids [P] and forced ids [P, F] a position keeps in its head, or as its next token, already."""
 
 
 def join_rows(layout: Layout, rows: Sequence[TokenRow]) -> Tokens:
@@ -28,10 +31,10 @@ def join_rows(layout: Layout, rows: Sequence[TokenRow]) -> Tokens:
     return tokens._replace(input_ids_T=tokens.input_ids_T.astype(np.int32), loss_mask_P=tokens.loss_mask_P.astype(bool))
 
 
-def join_labels(layout: Layout, rows: Sequence[LogitRow]) -> tuple[Tokens, Targets, NDArray[np.float64]]:
-    """Tokens and labels of rows, one after the other, heads in order of ids; and Σ p of what each position keeps.
+def join_labels(layout: Layout, rows: Sequence[LogitRow]) -> tuple[Tokens, Targets]:
+    """Tokens and labels of rows, one after the other, heads in order of ids.
 
-    Raises StoreError: the labels are no distributions over the vocabulary.
+    Raises StoreError: a label is none, or does not belong to its row.
     """
     tokens = join_rows(layout, [row.tokens for row in rows])
     parts = [_converted(layout, row) for row in rows]
@@ -39,25 +42,27 @@ def join_labels(layout: Layout, rows: Sequence[LogitRow]) -> tuple[Tokens, Targe
     targets = sort_targets(targets)
     _check_values(targets)
     # Float noise may leave a tail a little more likely than certain; no reader should have to know.
-    targets = targets._replace(tail_logmass_P=np.minimum(targets.tail_logmass_P, np.float32(0)))
-    sums_P = kept_sums(layout, tokens, targets, [np.exp(t) for t in _logprobs(targets)])
+    return tokens, targets._replace(tail_logmass_P=np.minimum(targets.tail_logmass_P, np.float32(0)))
+
+
+def check_sums(targets: Targets, elsewhere: Elsewhere) -> NDArray[np.float64]:
+    """Σ p of what each position keeps [P]. Raises StoreError where it and the tail are not one."""
+    sums_P = kept_sums(targets, elsewhere, [np.exp(t) for t in _logprobs(targets)])
     if (error := sum_error(targets, sums_P)) > MAX_SUM_ERROR:
         raise StoreError(f"kept ids and tail of a position sum to 1 ± {error:.3g}; at most {MAX_SUM_ERROR} is rounding")
-    return tokens, targets, sums_P
+    return sums_P
 
 
-def kept_sums(
-    layout: Layout, tokens: Tokens, targets: Targets, values: Sequence[NDArray[np.float32]]
-) -> NDArray[np.float64]:
+def kept_sums(targets: Targets, elsewhere: Elsewhere, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     """For each position the sum over what it keeps, every id once, of values of heads [N], next [P], forced [P, F]."""
     head_N, next_P, forced_PF = values
     sums_P = np.zeros(len(next_P))
     filled_P = targets.head_counts_P > 0
     if len(head_N):
         sums_P[filled_P] = np.add.reduceat(head_N, offsets_of(targets.head_counts_P)[:-1][filled_P])
-    next_elsewhere_P, forced_elsewhere_PF = held_elsewhere(layout, tokens, targets)
+    next_elsewhere_P, forced_elsewhere_PF = elsewhere
     sums_P += np.where(next_elsewhere_P, 0, next_P)
-    if layout.forced_ids:
+    if forced_PF.shape[1]:
         sums_P += np.where(forced_elsewhere_PF, 0, forced_PF).sum(1)
     return sums_P
 
