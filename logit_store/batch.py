@@ -93,29 +93,24 @@ class Batch(NamedTuple):
 
     def fill(self, rows: Sequence[LogitRow]) -> "Batch":
         """Write these rows into the arrays, which must have their number; returns the batch."""
-        self.loss_mask_BP.fill(False)
-        for array in (self.input_ids_BT, self.head_counts_BP, self.head_ids_BPK, self.sampled_counts_BP):
-            array.fill(0)
-        self.sampled_ids_BPM.fill(0)
-        for values in (self.head_logprobs_BPK, self.next_logprob_BP, self.tail_logmass_BP, self.forced_logprobs_BPF):
-            values.fill(-np.inf)
-        self.log_partition_BPS.fill(0)
         for i, (tokens, targets) in enumerate(rows):
             t = len(tokens.input_ids_T)
             p = max(t - 1, 0)
-            self.lengths_B[i], self.input_ids_BT[i, :t] = t, tokens.input_ids_T
-            self.loss_mask_BP[i, :p] = True if tokens.loss_mask_P is None else tokens.loss_mask_P
-            heads = targets.padded_heads(self.head_ids_BPK.shape[2])
-            self.head_counts_BP[i, :p], (self.head_ids_BPK[i, :p], self.head_logprobs_BPK[i, :p]) = (
-                targets.head_counts_P,
-                heads,
-            )
-            self.next_logprob_BP[i, :p], self.tail_logmass_BP[i, :p] = targets.next_logprob_P, targets.tail_logmass_P
-            self.log_partition_BPS[i, :p] = targets.log_partition_PS
-            self.forced_logprobs_BPF[i, :p] = targets.forced_logprobs_PF
-            self.sampled_counts_BP[i, :p] = targets.sampled_counts_P
-            taken_PM = np.arange(self.sampled_ids_BPM.shape[2]) < targets.sampled_counts_P[:, None]
-            self.sampled_ids_BPM[i, :p][taken_PM] = targets.sampled_ids_M
+            head_ids_PK, head_logprobs_PK = targets.padded_heads(self.head_ids_BPK.shape[2])
+            drawn_PM = np.zeros((p, self.sampled_ids_BPM.shape[2]), np.int32)
+            drawn_PM[np.arange(drawn_PM.shape[1]) < targets.sampled_counts_P[:, None]] = targets.sampled_ids_M
+            self.lengths_B[i] = t
+            _fill(self.input_ids_BT[i], tokens.input_ids_T, 0)
+            _fill(self.loss_mask_BP[i], tokens.carries_loss_P, False)
+            _fill(self.head_counts_BP[i], targets.head_counts_P, 0)
+            _fill(self.head_ids_BPK[i], head_ids_PK, 0)
+            _fill(self.head_logprobs_BPK[i], head_logprobs_PK, -np.inf)
+            _fill(self.next_logprob_BP[i], targets.next_logprob_P, -np.inf)
+            _fill(self.tail_logmass_BP[i], targets.tail_logmass_P, -np.inf)
+            _fill(self.log_partition_BPS[i], targets.log_partition_PS, 0)
+            _fill(self.forced_logprobs_BPF[i], targets.forced_logprobs_PF, -np.inf)
+            _fill(self.sampled_counts_BP[i], targets.sampled_counts_P, 0)
+            _fill(self.sampled_ids_BPM[i], drawn_PM, 0)
         return self
 
     def to_torch(self) -> dict[str, Any]:
@@ -123,6 +118,11 @@ class Batch(NamedTuple):
         import torch
 
         return {name.rsplit("_", 1)[0]: torch.from_numpy(array) for name, array in self._asdict().items()}
+
+
+def _fill(places: NDArray[Any], values: NDArray[Any], free: Any) -> None:
+    places[: len(values)] = values
+    places[len(values) :] = free
 
 
 def shape_of(rows: Sequence[LogitRow]) -> Shape:

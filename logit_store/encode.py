@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from logit_store.codec.blocks import (
     BLOCK_WORK,
+    Elsewhere,
     Layout,
     Tokens,
     Widths,
@@ -18,13 +19,14 @@ from logit_store.codec.blocks import (
     decode_tokens,
     encode_block,
     held_elsewhere,
+    next_ids,
     section_sizes,
 )
 from logit_store.codec.kernels import fastest
 from logit_store.codec.levels import CELLS_PER_NAT, CodecConfig, Quantizer, levels
 from logit_store.errors import StoreError
-from logit_store.labels import Elsewhere, check_sums, join_labels, join_rows, kept_sums, normalised, sum_error
-from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, offsets_of
+from logit_store.labels import check_sums, join_labels, join_rows, kept_sums, normalised, sum_error
+from logit_store.rows import SPLITS, LogitRow, Targets, TokenRow, sum_entries
 from logit_store.shard import Block, shard_schema, write_shard
 
 SAMPLE_POSITIONS = 1024
@@ -69,7 +71,7 @@ def encode_tokens(
     blocks = []
     for part in _parts(rows, [16 * len(row.input_ids_T) for row in rows]):
         tokens = join_rows(layout, part)
-        data, widths = encode_block(layout, tokens, None, Quantizer(_EXACT_LEVELS))
+        data, widths = encode_block(layout, tokens, Quantizer(_EXACT_LEVELS))
         _require_same(tokens, decode_tokens(layout, data, tokens.lengths_B, "a new block"), Tokens._fields)
         blocks.append(Block(part, data, widths))
     return _finish(rows, blocks, layout, columns, description, _EXACT_LEVELS, {})
@@ -140,9 +142,8 @@ def text_sha256(rows: Sequence[TokenRow]) -> str:
     text = hashlib.sha256()
     for row in rows:
         ids = row.input_ids_T.astype("<i4", copy=False)
-        mask = np.ones(max(len(ids) - 1, 0), np.bool_) if row.loss_mask_P is None else row.loss_mask_P
         text.update(np.array([len(ids), row.document, SPLITS.index(row.split)], "<i8").tobytes())
-        text.update(ids.tobytes() + np.packbits(mask, bitorder="little").tobytes())
+        text.update(ids.tobytes() + np.packbits(row.carries_loss_P, bitorder="little").tobytes())
     return text.hexdigest()
 
 
@@ -160,7 +161,7 @@ def _parts(rows: Sequence[RowT], work: Sequence[int]) -> list[Sequence[RowT]]:
 
 def _prepare(layout: Layout, rows: Sequence[LogitRow], codec: CodecConfig) -> _Part:
     tokens, targets = join_labels(layout, rows)
-    elsewhere = held_elsewhere(layout, tokens, targets)
+    elsewhere = held_elsewhere(targets, next_ids(tokens), layout.forced_ids)
     sums_P = check_sums(targets, elsewhere)
     reference = targets if layout.exact else normalised(targets, sums_P, codec.max_error / 2)
     largest = 0.0
@@ -174,7 +175,7 @@ def _encode_blocks(layout: Layout, parts: Sequence[_Part], quantizer: Quantizer)
     """Blocks, the mean KL divergence that rounding cost them, and its largest error of a log-prob."""
     blocks, kl, positions, largest = [], 0.0, 0, 0.0
     for part in parts:
-        data, widths = encode_block(layout, part.tokens, part.targets, quantizer)
+        data, widths = encode_block(layout, part.tokens, quantizer, (part.targets, part.elsewhere))
         kl_P, error = _measure(layout, part, data, widths, quantizer)
         blocks.append(Block([row.tokens for row in part.rows], data, widths))
         kl, positions, largest = kl + float(kl_P.sum()), positions + len(kl_P), max(largest, error)
@@ -211,7 +212,7 @@ def _measure(
 
 
 def _differences(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """A − b, and 0 where both are −inf."""
+    """The first less the second, and 0 where both are −inf."""
     with np.errstate(invalid="ignore"):
         differences = a - b
     if not np.isfinite(differences).all():
@@ -252,14 +253,11 @@ def _divergence(counts_P: NDArray[np.int32], true_N: NDArray[np.float32], quanti
     rounded_N, sums_P = np.empty(len(true_N), np.float32), np.empty(len(counts_P))
     fastest().encode_head(true_N, counts_P, quantizer.nearest, CELLS_PER_NAT, base_P, codes_N)
     fastest().decode_head(codes_N, base_P, counts_P, quantizer.logprobs_L, quantizer.probs_L, rounded_N, sums_P)
-    filled_P = counts_P > 0
-    firsts = offsets_of(counts_P)[:-1][filled_P]
     p_N = np.exp(true_N)
+    mass_P = sum_entries(p_N, counts_P, np.float64)
+    kl_P = sum_entries(p_N * _differences(true_N, rounded_N), counts_P, np.float64)
     with np.errstate(invalid="ignore", divide="ignore"):
-        terms_N = p_N * (true_N - rounded_N)
-        terms_N[p_N == 0] = 0.0
-        mass_P = np.add.reduceat(p_N, firsts, dtype=np.float64)
-        kl_P = np.add.reduceat(terms_N, firsts, dtype=np.float64) - mass_P * np.log(mass_P / sums_P[filled_P])
+        kl_P -= mass_P * np.log(mass_P / sums_P)
     return float(np.nansum(kl_P)) / len(counts_P)
 
 

@@ -6,15 +6,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_store.codec.blocks import Layout, Tokens, join_tokens, sort_targets
+from logit_store.codec.blocks import Elsewhere, Layout, Tokens, join_tokens, sort_targets
 from logit_store.errors import StoreError
-from logit_store.rows import LogitRow, Targets, TokenRow, offsets_of
+from logit_store.rows import LogitRow, Targets, TokenRow, sum_entries
 
 MAX_SUM_ERROR = 1e-2
 """How far kept mass and tail may be from one before they are refused: bfloat16 engines give 1e-3."""
-
-Elsewhere = tuple[NDArray[np.bool_], NDArray[np.bool_]]
-"""Which next ids [P] and forced ids [P, F] a position keeps in its head, or as its next token, already."""
 
 
 def join_rows(layout: Layout, rows: Sequence[TokenRow]) -> Tokens:
@@ -53,13 +50,10 @@ def check_sums(targets: Targets, elsewhere: Elsewhere) -> NDArray[np.float64]:
     return sums_P
 
 
-def kept_sums(targets: Targets, elsewhere: Elsewhere, values: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+def kept_sums(targets: Targets, elsewhere: Elsewhere, values: Sequence[NDArray[Any]]) -> NDArray[np.float64]:
     """For each position the sum over what it keeps, every id once, of values of heads [N], next [P], forced [P, F]."""
     head_N, next_P, forced_PF = values
-    sums_P = np.zeros(len(next_P))
-    filled_P = targets.head_counts_P > 0
-    if len(head_N):
-        sums_P[filled_P] = np.add.reduceat(head_N, offsets_of(targets.head_counts_P)[:-1][filled_P])
+    sums_P = sum_entries(head_N, targets.head_counts_P)
     next_elsewhere_P, forced_elsewhere_PF = elsewhere
     sums_P += np.where(next_elsewhere_P, 0, next_P)
     if forced_PF.shape[1]:

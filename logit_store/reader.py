@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 from logit_store.codec.blocks import Tokens
 from logit_store.codec.levels import CodecConfig
 from logit_store.errors import CorruptError, StoreError
-from logit_store.format import INDEX, SHARDS, describe, object_name
+from logit_store.format import INDEX, SHARDS, object_name
 from logit_store.identity import digest
 from logit_store.index import Index, ShardTable
 from logit_store.manifest import layout_of, read_manifest
+from logit_store.record import store_schema
 from logit_store.rows import SPLITS, LogitRow, TokenRow
-from logit_store.shard import REDO, Shard, shard_schema, split_rows
+from logit_store.shard import REDO, Shard, split_rows
 from logit_store.shard_cache import ShardCache
 from logit_store.storage import Storage
 
@@ -40,7 +41,7 @@ class _Store(ABC, Generic[RowT]):
         self.storage, self.manifest = storage, manifest
         self._cache = cache or ShardCache()
         self._layout = layout_of(manifest)
-        self._schema = shard_schema(describe(manifest), manifest["columns"], np.zeros(1, np.float32))
+        self._schema = store_schema(manifest)
         self.shards = ShardTable(self._verified(SHARDS, manifest["shards_sha256"]), storage.path(SHARDS))
         """Figures of each shard."""
         if len(self.shards) != manifest["num_shards"] or self.shards.starts[-1] != manifest["num_rows"]:
@@ -90,10 +91,6 @@ class _Store(ABC, Generic[RowT]):
         """Name of a shard's file."""
         return object_name(shard, self.shards.hash("sha256", shard))
 
-    def open_shard(self, shard: int) -> Shard:
-        """A shard, its prefix verified. Raises CorruptError, FormatError."""
-        return self._shard(shard)
-
     @property
     def num_bytes(self) -> int:
         """Bytes of all shards."""
@@ -112,7 +109,7 @@ class _Store(ABC, Generic[RowT]):
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of a store of {len(self)} rows")
         shard, in_shard = self.shards.shard_of(row)
-        return shard, *self._shard(shard).block_of(in_shard)
+        return shard, *self._retried(shard, lambda opened: opened.block_of(in_shard))
 
     def _read_token_block(self, shard: int, block: int) -> list[TokenRow]:
         tokens: Tokens = self._retried(shard, lambda opened: opened.tokens(block))
@@ -134,16 +131,8 @@ class _Store(ABC, Generic[RowT]):
             return read(self._shard(shard))
 
     def _open_shard(self, shard: int) -> Shard:
-        if self.storage.is_local:
-            return self._checked(shard, self._map(self.shard_name(shard)))
-        try:
-            return self._checked(shard, self._fetched(shard))
-        except CorruptError:
-            self._cache.discard(self.shards.hash("sha256", shard))
-            return self._checked(shard, self._fetched(shard))
-
-    def _checked(self, shard: int, data: pa.Buffer) -> Shard:
-        columns, path = self.shards.columns, self.storage.path(self.shard_name(shard))
+        columns, name = self.shards.columns, self.shard_name(shard)
+        path, data = self.storage.path(name), self._map(name) if self.storage.is_local else self._fetched(shard)
         if data.size != columns["bytes"][shard]:
             raise CorruptError(f"{path} is damaged: it has {data.size:,} bytes of {columns['bytes'][shard]:,}. {REDO}")
         prefix = (int(columns["prefix_bytes"][shard]), int(columns["prefix_crc32"][shard]))

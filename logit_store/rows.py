@@ -27,6 +27,12 @@ class TokenRow(NamedTuple):
     columns: Mapping[str, Any] = {}
     """Values of the metadata columns that the store carries, by name."""
 
+    @property
+    def carries_loss_P(self) -> NDArray[np.bool_]:
+        """Which positions carry loss, as an array always."""
+        all_of_them = np.ones(max(len(self.input_ids_T) - 1, 0), np.bool_)
+        return all_of_them if self.loss_mask_P is None else self.loss_mask_P
+
 
 class Targets(NamedTuple):
     """The teacher's distributions of one row. Position t is its distribution for ``input_ids[t + 1]``.
@@ -107,3 +113,11 @@ def offsets_of(counts: NDArray[Any]) -> NDArray[np.int64]:
     offsets = np.zeros(len(counts) + 1, np.int64)
     np.cumsum(counts, out=offsets[1:])
     return offsets
+
+
+def sum_entries(values_N: NDArray[Any], counts_P: NDArray[np.int32], dtype: Any = None) -> NDArray[np.float64]:
+    """Sum of the values of each position, of which some may have none; summed as ``dtype``, or as they are."""
+    sums_P, filled_P = np.zeros(len(counts_P)), counts_P > 0
+    if len(values_N):
+        sums_P[filled_P] = np.add.reduceat(values_N, offsets_of(counts_P)[:-1][filled_P], dtype=dtype)
+    return sums_P

@@ -21,14 +21,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from logit_store.codec.blocks import (
-    Layout,
-    Tokens,
-    Widths,
-    decode_block,
-    decode_tokens,
-    section_sizes,
-)
+from logit_store.codec.blocks import Layout, Tokens, Widths, decode_block, decode_tokens
 from logit_store.codec.levels import MAX_LEVELS, Quantizer
 from logit_store.errors import CorruptError, FormatError, StoreError
 from logit_store.identity import canonical_json
@@ -135,11 +128,6 @@ class Shard:
         self._checksums = batch["crc32"].to_numpy()
         self._widths = [batch[name].to_numpy() for name in ("head_width", "sampled_width")]
 
-    @property
-    def num_blocks(self) -> int:
-        """How many blocks it has."""
-        return len(self._checksums)
-
     def block_of(self, row: int) -> tuple[int, int]:
         """The block of a row (counted within the shard), and the row's place in it."""
         block = int(np.searchsorted(self.first_rows, row, side="right")) - 1
@@ -175,14 +163,6 @@ class Shard:
         data, lengths_B = self._block(block), self._lengths_of(block)
         tokens, targets = decode_block(self.layout, data, lengths_B, widths, self.quantizer, self._name(block))
         return _sealed(tokens), _sealed(targets)
-
-    def section_bytes(self) -> dict[str, int]:
-        """Stored bytes of each section, over all blocks."""
-        totals: dict[str, int] = {}
-        for block in range(self.num_blocks):
-            for section, size in section_sizes(self.layout, self._block(block), self._name(block)).items():
-                totals[section] = totals.get(section, 0) + size
-        return totals
 
     def _lengths_of(self, block: int) -> NDArray[np.int32]:
         offsets, values = self._lengths

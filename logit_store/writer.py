@@ -153,7 +153,7 @@ def _remove_strays(storage: Storage, records: dict[int, Record]) -> None:
                 storage.delete(folder + name)
 
 
-def _put(storage: Storage, name: str, data: bytes) -> None:
+def put_object(storage: Storage, name: str, data: bytes) -> None:
     """Write a shard's object. One that is there has these very bytes, unless a dead attempt left it and it was damaged
     since, before any record named it; or an attempt that lost deletes it just now.
     """
@@ -181,7 +181,7 @@ def _commit(storage: Storage, shard: int, encoded: Encoded, rows: Sequence[Token
         "index": base64.b64encode(zlib.compress(lengths.tobytes() + splits.tobytes())).decode(),
         **encoded.facts,
     }
-    _put(storage, record["object"], encoded.data)
+    put_object(storage, record["object"], encoded.data)
     storage.create(record_name(shard), seal("record", record))
     standing = read_record(storage, shard)
     if standing["object"] != record["object"]:

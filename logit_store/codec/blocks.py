@@ -23,6 +23,10 @@ block, and small blocks pay for their entropy coders' tables. 512 positions of 6
 a block of its own."""
 
 
+Elsewhere = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""Which next ids are in their heads [P], which forced ids are there or are the next token [P, F]."""
+
+
 class Layout(NamedTuple):
     """What the blocks of a store hold: part of the manifest and of every shard."""
 
@@ -68,11 +72,8 @@ def section_planes(layout: Layout) -> dict[str, int]:
 def join_tokens(rows: Sequence[TokenRow]) -> Tokens:
     """The rows' tokens, one after the other."""
     lengths_B = np.array([len(row.input_ids_T) for row in rows], np.int32)
-    masks = [
-        np.ones(max(len(row.input_ids_T) - 1, 0), np.bool_) if row.loss_mask_P is None else row.loss_mask_P
-        for row in rows
-    ]
-    return Tokens(lengths_B, np.concatenate([row.input_ids_T for row in rows]), np.concatenate(masks))
+    masks = np.concatenate([row.carries_loss_P for row in rows])
+    return Tokens(lengths_B, np.concatenate([row.input_ids_T for row in rows]), masks)
 
 
 def next_ids(tokens: Tokens) -> NDArray[np.int32]:
@@ -88,12 +89,16 @@ def num_positions(lengths_B: NDArray[np.int32]) -> int:
     return int(np.maximum(lengths_B - 1, 0).sum(dtype=np.int64))
 
 
-def encode_block(layout: Layout, tokens: Tokens, targets: Targets | None, quantizer: Quantizer) -> tuple[bytes, Widths]:
-    """Pack a block; ``targets`` of all its rows, the ids of each position ascending (see ``sort_targets``)."""
+def encode_block(
+    layout: Layout, tokens: Tokens, quantizer: Quantizer, labels: tuple[Targets, Elsewhere] | None = None
+) -> tuple[bytes, Widths]:
+    """Pack a block. ``labels``: the targets of all its rows, the ids of each position ascending (see ``sort_targets``),
+    and what ``held_elsewhere`` says of them.
+    """
     widths = Widths()
-    if targets is not None:
+    if labels is not None:
+        targets, _ = labels
         widths = Widths(int(targets.head_counts_P.max(initial=0)), int(targets.sampled_counts_P.max(initial=0)))
-
     if max(widths) >= 2**24:
         raise StoreError(f"a position of {max(widths):,} entries: heads and draws must stay below 2^24")
 
@@ -102,14 +107,14 @@ def encode_block(layout: Layout, tokens: Tokens, targets: Targets | None, quanti
         packer.add(bins_T, 2)
         packer.add(low, 1)
         packer.add(np.packbits(~tokens.loss_mask_P, bitorder="little"), 1)
-        if targets is not None:
-            _fill_targets(packer, layout, tokens, targets, quantizer, widths)
+        if labels is not None:
+            _fill_targets(packer, layout, *labels, quantizer, widths)
 
     return pack(fill), widths
 
 
 def _fill_targets(
-    packer: Packer, layout: Layout, tokens: Tokens, targets: Targets, quantizer: Quantizer, widths: Widths
+    packer: Packer, layout: Layout, targets: Targets, elsewhere: Elsewhere, quantizer: Quantizer, widths: Widths
 ) -> None:
     packer.add(targets.tail_logmass_P.view(np.uint32), 4)
     packer.add(targets.log_partition_PS.reshape(-1).view(np.uint32), 4)
@@ -117,7 +122,7 @@ def _fill_targets(
         packer.add(targets.next_logprob_P.view(np.uint32), 4)
         packer.add(targets.forced_logprobs_PF.reshape(-1).view(np.uint32), 4)
     else:
-        next_in_head_P, forced_elsewhere_PF = held_elsewhere(layout, tokens, targets)
+        next_in_head_P, forced_elsewhere_PF = elsewhere
         packer.add(_outside_codes(targets.next_logprob_P, next_in_head_P, quantizer), 2)
         packer.add(_outside_codes(targets.forced_logprobs_PF, forced_elsewhere_PF, quantizer).reshape(-1), 2)
     packer.add((widths.head - targets.head_counts_P).astype(np.uint32), 3)
@@ -302,12 +307,11 @@ def _decode_outside(codes: NDArray[np.uint16], quantizer: Quantizer) -> NDArray[
     return logprobs
 
 
-def held_elsewhere(layout: Layout, tokens: Tokens, targets: Targets) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
-    """Which next tokens are in their heads [P], which forced ids are there or are the next token [P, F]."""
-    next_P = next_ids(tokens)
+def held_elsewhere(targets: Targets, next_P: NDArray[np.int32], forced_ids: Sequence[int]) -> Elsewhere:
+    """Which next and forced ids a position keeps already; the ids of each head must ascend."""
     next_in_head_P = _places_in_head(targets, next_P) >= 0
-    forced_PF = np.zeros((len(next_P), len(layout.forced_ids)), np.bool_)
-    for f, forced in enumerate(layout.forced_ids):
+    forced_PF = np.zeros((len(next_P), len(forced_ids)), np.bool_)
+    for f, forced in enumerate(forced_ids):
         forced_PF[:, f] = (_places_in_head(targets, np.full_like(next_P, forced)) >= 0) | (next_P == forced)
     return next_in_head_P, forced_PF
 

@@ -120,9 +120,7 @@ def _copy_first(sources: Sequence[Storage], target: Storage, shard: int, schema:
         except StoreError as error:
             damaged.append(f"{source.path(name)} {str(error).removeprefix(source.path(name)).strip()}")
         else:
-            if not target.create(name, data) and target.read(name) != data:
-                target.delete(name)  # no record names it
-                target.create(name, data)
+            writer.put_object(target, name, data)
             target.create(record_name(shard), sealed)
             return
 

@@ -4,12 +4,13 @@ Shapes: P positions, N head entries of all of them.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_store.rows import Targets, offsets_of
+from logit_store.codec.blocks import held_elsewhere
+from logit_store.labels import kept_sums
+from logit_store.rows import Targets, sum_entries
 
 OUTSIDE = 0
 """The rank of a token that the head does not hold."""
@@ -23,11 +24,11 @@ def next_ranks(targets: Targets, next_ids_P: NDArray[np.int32]) -> NDArray[np.in
     counts_P, ids_N, logprobs_N = targets.head_counts_P, targets.head_ids_N, targets.head_logprobs_N
     wanted_N = np.repeat(next_ids_P, counts_P)
     is_next_N = ids_N == wanted_N
-    its_logprob_P = sum_entries(np.where(is_next_N, logprobs_N, np.float32(0)), counts_P)
+    its_logprob_P = sum_entries(np.where(is_next_N, logprobs_N, np.float32(0)), counts_P, np.float64)
     its_logprob_N = np.repeat(its_logprob_P.astype(np.float32), counts_P)
     is_before_N = (logprobs_N > its_logprob_N) | ((logprobs_N == its_logprob_N) & (ids_N < wanted_N))
-    ranks_P = 1 + sum_entries(is_before_N, counts_P)
-    return np.where(sum_entries(is_next_N, counts_P) > 0, ranks_P, OUTSIDE).astype(np.int32)
+    ranks_P = 1 + sum_entries(is_before_N, counts_P, np.float64)
+    return np.where(sum_entries(is_next_N, counts_P, np.float64) > 0, ranks_P, OUTSIDE).astype(np.int32)
 
 
 def kept_masses(targets: Targets) -> NDArray[np.float64]:
@@ -37,21 +38,9 @@ def kept_masses(targets: Targets) -> NDArray[np.float64]:
 
 def entropies(targets: Targets, next_ids_P: NDArray[np.int32], forced_ids: Sequence[int]) -> NDArray[np.float64]:
     """−Σ p log p in nats over the kept ids, each once, and the tail as one outcome: at most the teacher's own."""
-    counts_P, ids_N = targets.head_counts_P, targets.head_ids_N
-    entropy_P = sum_entries(_surprise(targets.head_logprobs_N), counts_P) + _surprise(targets.tail_logmass_P)
-    in_head_P = sum_entries(ids_N == np.repeat(next_ids_P, counts_P), counts_P) > 0
-    entropy_P += np.where(in_head_P, 0, _surprise(targets.next_logprob_P))
-    for f, forced in enumerate(forced_ids):
-        counted_P = (sum_entries(ids_N == forced, counts_P) > 0) | (next_ids_P == forced)
-        entropy_P += np.where(counted_P, 0, _surprise(targets.forced_logprobs_PF[:, f]))
-    return entropy_P
-
-
-def sum_entries(values_N: NDArray[Any], counts_P: NDArray[np.int32]) -> NDArray[np.float64]:
-    """Sum of the values of each position, of which some may have none."""
-    padded = np.append(values_N, np.zeros(1, values_N.dtype))  # where a last position without entries begins
-    sums_P = np.add.reduceat(padded, offsets_of(counts_P)[:-1], dtype=np.float64)
-    return np.where(counts_P > 0, sums_P, 0.0)
+    elsewhere = held_elsewhere(targets, next_ids_P, forced_ids)
+    logprobs = (targets.head_logprobs_N, targets.next_logprob_P, targets.forced_logprobs_PF)
+    return kept_sums(targets, elsewhere, [_surprise(of) for of in logprobs]) + _surprise(targets.tail_logmass_P)
 
 
 def _surprise(logprobs: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -1,7 +1,5 @@
 """`decant verify`: every byte of a store against what the store says of itself; all problems, not just the first."""
 
-import hashlib
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -25,8 +23,8 @@ from logit_store.format import (
     record_name,
     unseal,
 )
-from logit_store.identity import labels_id, text_id
-from logit_store.index import PAGE_BYTES, Index, ShardTable
+from logit_store.identity import digest, labels_id, text_id
+from logit_store.index import Index, ShardTable, page_checksums
 from logit_store.manifest import ADDED_TO_HEADER, read_manifest
 from logit_store.record import Facts, check_object, check_record, check_row, rows_of_record, store_schema
 from logit_store.storage import Storage
@@ -122,7 +120,7 @@ class _Verification:
             return None
         with self._reporting(SHARDS):
             data = self._read(SHARDS)
-            if hashlib.sha256(data).hexdigest() != self.manifest["shards_sha256"]:
+            if digest(data) != self.manifest["shards_sha256"]:
                 raise CorruptError("is damaged: its checksum does not match")
             table = ShardTable(pa.py_buffer(data), SHARDS)
             if len(table) != self.manifest["num_shards"]:
@@ -135,7 +133,7 @@ class _Verification:
             return None
         with self._reporting(INDEX):
             data, said = self._read(INDEX), self.manifest["index"]
-            pages = [zlib.crc32(data[start : start + PAGE_BYTES]) for start in range(0, len(data), PAGE_BYTES)]
+            pages = page_checksums(data)
             if len(data) != said["bytes"] or pages != said["crc32"]:
                 raise CorruptError("is damaged: its checksums do not match")
             return Index(pa.py_buffer(data), len(data), pages, self.manifest["num_rows"], INDEX)
@@ -198,7 +196,7 @@ class _Verification:
     def _check_files(self) -> None:
         for name, sha256 in (self.manifest or {"files": {}})["files"].items():
             with self._reporting(name):
-                if hashlib.sha256(self._read(name)).hexdigest() != sha256:
+                if digest(self._read(name)) != sha256:
                     raise CorruptError("is damaged: its checksum does not match")
 
     def _check_strays(self) -> None:

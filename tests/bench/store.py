@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache
 from multiprocessing import get_context
@@ -30,6 +30,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from logit_store import LogitRow, LogitStore, Targets, TokenRow
+from logit_store.shard import split_rows
+from logit_store.tools.slice import cut
 from tests.store.made import write_store
 
 ROOT = Path(__file__).parents[2]
@@ -91,7 +93,7 @@ def _synthetic_rows() -> dict[str, list[LogitRow]]:
     first = np.zeros((NUM_ROWS, 1), np.int32)
     tokens = [TokenRow(i, "train", row) for i, row in enumerate(np.concatenate([first, ids], axis=1))]
     return {
-        kind: [LogitRow(*pair) for pair in zip(tokens, _by_row(targets), strict=True)]
+        kind: list(split_rows(tokens, Targets(*(np.concatenate(column) for column in zip(*targets, strict=True)))))
         for kind, targets in parts.items()
     }
 
@@ -122,17 +124,6 @@ def _targets(
     )  # fmt: skip
 
 
-def _by_row(parts: Sequence[Targets]) -> Iterator[Targets]:
-    whole = Targets(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    at_N, at_M = (np.concatenate([[0], np.cumsum(c)]) for c in (whole.head_counts_P, whole.sampled_counts_P))
-    for start in range(0, len(whole.next_logprob_P), T - 1):
-        p = slice(start, start + T - 1)
-        of_row = {name: getattr(whole, name)[p] for name in Targets._fields if "_P" in name}
-        n, m = (slice(at[p.start], at[p.stop]) for at in (at_N, at_M))
-        entries: dict[str, Any] = {"head_ids_N": whole.head_ids_N[n], "head_logprobs_N": whole.head_logprobs_N[n]}
-        yield whole._replace(**of_row, **entries, sampled_ids_M=whole.sampled_ids_M[m])
-
-
 def demo_rows() -> Iterator[Labels]:
     """Real labels: the demo's teacher at k = 128, cut to each smaller k."""
     if not (ROOT / "runs" / "demo" / "teacher" / "model").exists():
@@ -146,23 +137,8 @@ def demo_rows() -> Iterator[Labels]:
     store = LogitStore.open(str(path))
     rows = [store[i] for i in range(0, len(store), max(1, len(store) // 120))]
     for k in KS:
-        cut = [row._replace(targets=_cut(row, k)) for row in rows if len(row.targets.next_logprob_P)]
+        cut = [cut(row, k, []) for row in rows if len(row.targets.next_logprob_P)]
         yield Labels("demo teacher", f"top_k {k}", store.manifest["vocabulary_size"], cut)
-
-
-def _cut(row: LogitRow, k: int) -> Targets:
-    """The k most probable of each head; the others become tail."""
-    targets, next_P = row.targets, row.tokens.input_ids_T[1:]
-    ids_PK, logprobs_PK = targets.padded_heads(int(targets.head_counts_P[0]))
-    order_PK = np.argsort(-logprobs_PK, axis=1, kind="stable")
-    cut_PK = order_PK[:, k:]
-    cut_ids, cut_p = (
-        np.take_along_axis(ids_PK, cut_PK, 1),
-        np.exp(np.take_along_axis(logprobs_PK, cut_PK, 1).astype(float)),
-    )
-    tail_P = np.exp(targets.tail_logmass_P.astype(float)) + np.where(cut_ids == next_P[:, None], 0, cut_p).sum(1)
-    head_ids, head_logprobs = (np.take_along_axis(a, order_PK[:, :k], 1) for a in (ids_PK, logprobs_PK))
-    return Targets.of_heads(head_ids, head_logprobs, targets.next_logprob_P, np.log(tail_P).astype(np.float32))
 
 
 # ---- ways to keep them: each writes rows to a folder and gives back ids, log-probs of row i

@@ -118,10 +118,3 @@ def write_tokens(url: str, shards: Sequence[Sequence[TokenRow]], **changes: Any)
         writer.commit_tokens(storage, shard, rows, header)
     writer.finish(storage, header, {"tokenizer/tokenizer.json": b"{}"})
     return TokenStore.open(url)
-
-
-def in_order(targets: Targets) -> Targets:
-    """The same targets as a reader gives them: ids ascending in each position."""
-    from logit_store.codec.blocks import sort_targets
-
-    return sort_targets(targets)

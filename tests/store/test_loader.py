@@ -69,8 +69,7 @@ def test_a_batch_holds_its_rows(store: LogitStore) -> None:
         ]
         assert draws == targets.sampled_ids_M.tolist()
         assert not batch.loss_mask_BP[i, p:].any()
-        mask = np.ones(p, bool) if tokens.loss_mask_P is None else tokens.loss_mask_P
-        np.testing.assert_array_equal(batch.loss_mask_BP[i, :p], mask)
+        np.testing.assert_array_equal(batch.loss_mask_BP[i, :p], tokens.carries_loss_P)
 
 
 @pytest.mark.parametrize("allocate", [np.empty, pinned])

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from logit_store import LogitRow, Targets, TokenRow
 from logit_store.codec import kernels
-from logit_store.codec.blocks import Layout
+from logit_store.codec.blocks import Layout, sort_targets
 from logit_store.codec.levels import CodecConfig
 from logit_store.encode import encode_logits, encode_tokens
 from logit_store.errors import StoreError
-from tests.store.made import V, in_order, make_row, targets_of, write_store, write_tokens
+from tests.store.made import V, make_row, targets_of, write_store, write_tokens
 
 LOSSY, EXACT = CodecConfig(), CodecConfig(kind="exact")
 
@@ -45,7 +45,7 @@ def assert_same(found: LogitRow, wanted: LogitRow, max_error: float) -> None:
     np.testing.assert_array_equal(
         all_true if found.tokens.loss_mask_P is None else found.tokens.loss_mask_P, all_true if mask is None else mask
     )
-    expected = in_order(wanted.targets)
+    expected = sort_targets(wanted.targets)
     expected = expected._replace(tail_logmass_P=np.minimum(expected.tail_logmass_P, 0))  # float noise above certainty
     for name in Targets._fields:
         a, b = getattr(found.targets, name), getattr(expected, name)
