@@ -68,6 +68,8 @@ def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
 def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     manifest, targets = tokens.manifest, config.targets
     vocabulary_size = int(manifest["vocabulary_size"])
+    if targets.k is None:
+        raise ConfigError(f"targets.kind={targets.kind} is not made yet")
     if targets.k > vocabulary_size:
         raise ConfigError(
             f"targets.k = {targets.k} is larger than the vocabulary of {vocabulary_size}: "
@@ -81,7 +83,7 @@ def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
         "text_id": manifest["text_id"],
         "dtype": config.teacher.dtype,
         "quantization": None,
-        "targets": {"kind": "top_k", **targets.model_dump()},
+        "targets": targets.model_dump(),
     }
     return {
         "kind": LogitStore.kind,

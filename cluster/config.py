@@ -1,6 +1,6 @@
 """The config of the teacher's side: one file serves ``decant tokenize`` and ``decant cache``."""
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -61,28 +61,92 @@ class TeacherConfig(Config):
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
     backend: Literal["transformers", "vllm"] = "transformers"
-    """Engine that scores. vLLM is faster on GPUs; its tail mass is one minus the kept mass."""
+    """Engine that scores: `vllm` is faster on GPUs, `transformers` runs everywhere."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Dtype of the weights while scoring. The softmax is always float32."""
+    quantization: str | None = None
+    """transformers: `8bit` or `4bit` (bitsandbytes, on GPUs). vLLM: the name of a method that it knows, as `fp8`. A
+    checkpoint that was saved quantised needs nothing here."""
     batch_tokens: int = Field(8192, ge=1)
     """Tokens of a scoring batch. Rows of a batch have equal lengths: padding would change the labels."""
+    tensor_parallel: int = Field(1, ge=1)
+    """vLLM only: GPUs that share each layer."""
+    pipeline_parallel: int = Field(1, ge=1)
+    """vLLM only: groups of GPUs that take the layers in turn."""
+    device_map: Literal["auto"] | None = None
+    """transformers only: `auto` spreads a model that is larger than one GPU over all GPUs of its worker."""
+    compile: bool = False
+    """transformers only: torch.compile of the decoder. Pays on GPUs with rows of few different lengths."""
     gpu_memory_utilization: float = Field(0.85, gt=0.0, le=1.0)
-    """vLLM only: its share of the GPU's memory."""
+    """vLLM only: its share of the GPU's memory. The softmax over the vocabulary lives outside of it."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Nothing of it runs otherwise."""
+    pickled_weights: bool = False
+    """Load weights from pickle files (*.bin), which can run any code. Refused otherwise."""
+
+    @model_validator(mode="after")
+    def _fits_the_backend(self) -> Self:
+        vllm_only, transformers_only = ("tensor_parallel", "pipeline_parallel"), ("device_map", "compile")
+        foreign = transformers_only if self.backend == "vllm" else vllm_only
+        changed = [name for name in foreign if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"{changed[0]} is not for teacher.backend={self.backend}: leave it out")
+        if self.backend == "transformers" and self.quantization not in (None, "8bit", "4bit"):
+            raise ValueError(f"quantization={self.quantization}: teacher.backend=transformers knows 8bit and 4bit")
+        return self
+
+    @property
+    def num_gpus(self) -> int:
+        """GPUs that the engine itself splits the model over."""
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 class TargetsConfig(Config):
-    """What is kept of each distribution."""
+    """What is kept of each distribution, beside the next token and the `always` ids, which are kept exactly always."""
 
-    k: int = Field(64, ge=1)
-    """Most probable ids kept at each position (`k` equal to the vocabulary keeps everything)."""
+    kind: Literal["top_k", "top_p", "counts", "threshold"] = "top_k"
+    """`top_k`: the k most probable ids. `top_p`: as few ids as hold a mass of p, at most k. `counts`: draws from what
+    is not kept, with replacement, each standing for an equal share of it. `threshold`: ids with a probability of at
+    least tau, and the rest by systematic sampling, m = ⌈rest/tau⌉ ids that each stand for rest/m."""
+    k: int | None = Field(None, ge=1)
+    """top_k: entries of each head (default 64; the vocabulary's size keeps everything). top_p: the most of them."""
+    p: float | None = Field(None, gt=0.0, lt=1.0)
+    """top_p: mass of the head."""
+    draws: int | None = Field(None, ge=1, le=4096)
+    """counts: how many draws at each position."""
+    tau: float | None = Field(None, gt=0.0, lt=1.0)
+    """threshold: the probability from which ids are kept exactly."""
+    always: list[int] = Field([], max_length=1024)
+    """Ids whose log-prob is kept exactly at every position, such as an end-of-turn token."""
     temperatures: list[float] = []
-    """Temperatures other than 1 that students may train at; each costs 4 bytes per position."""
+    """Temperatures other than 1 that students may train at; each costs 4 bytes per position. Of `counts` and
+    `threshold` at most one, and it is then the tempered distribution that is sampled, and served alone."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _top_k_keeps_64(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind", "top_k") in ("top_k", "top_p") and values.get("k") is None:
+            return {**values, "k": 64}
+        return values
 
     @model_validator(mode="after")
-    def _temperatures_are_sane(self) -> Self:
+    def _has_what_its_kind_needs(self) -> Self:
+        needs = {"top_k": ("k",), "top_p": ("k", "p"), "counts": ("draws",), "threshold": ("tau",)}[self.kind]
+        for name in ("k", "p", "draws", "tau"):
+            if (getattr(self, name) is not None) != (name in needs):
+                raise ValueError(f"kind={self.kind} {'needs' if name in needs else 'has no'} `{name}`")
         if any(t <= 0 or t == 1 for t in self.temperatures):
             raise ValueError("temperatures must be positive and other than 1 (1 is always served)")
+        if self.is_sampled and len(self.temperatures) > 1:
+            raise ValueError(f"kind={self.kind} samples one distribution: give at most one of `temperatures`")
+        if len(set(self.always)) < len(self.always) or any(i < 0 for i in self.always):
+            raise ValueError("always must hold different ids, none of them negative")
         return self
+
+    @property
+    def is_sampled(self) -> bool:
+        """Whether ids of the tail are drawn."""
+        return self.kind in ("counts", "threshold")
 
 
 class StoreConfig(Config):
@@ -100,13 +164,21 @@ class ClusterConfig(Config):
     address: str | None = None
     """Ray address to join (`auto`, `HOST:6379`, `ray://HOST:10001`); a local cluster is started without one."""
     workers: int = Field(2, ge=1)
-    """Teacher workers."""
+    """Teacher workers at most. Those that find no place yet wait for one, as an autoscaler brings it."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and threads, of a worker."""
     gpus_per_worker: float = Field(0.0, ge=0.0)
     """GPUs of a worker. At 0 the transformers backend scores on the CPU, whatever the machine has."""
-    max_restarts: int = Field(3, ge=0)
-    """How often a worker, and a shard whose worker died, is started again."""
+    resources_per_worker: dict[str, float] = {}
+    """Ray's custom resources that a worker needs, as `{"accelerator_type:H100": 0.001}`."""
+    autoscaling: bool = False
+    """Whether the cluster grows: a cluster that has no room for all workers now is then no error."""
+    max_attempts: int = Field(8, ge=1)
+    """How often a shard may take its worker down, or fail on storage that is out of order, before it is given up."""
+    retry_delay_s: float = Field(1.0, ge=0.0)
+    """Seconds before a shard or a worker is tried again; doubled with each attempt, at most a minute."""
+    price_per_gpu_hour: float | None = Field(None, ge=0.0)
+    """Money for a GPU (or, without GPUs, a worker) for an hour: the summary then says what the labels cost."""
 
 
 class CacheConfig(Config):
@@ -117,9 +189,3 @@ class CacheConfig(Config):
     targets: TargetsConfig = TargetsConfig()
     store: StoreConfig
     cluster: ClusterConfig = ClusterConfig()
-
-    @model_validator(mode="after")
-    def _backend_gives_the_targets(self) -> Self:
-        if self.teacher.backend == "vllm" and self.targets.temperatures:
-            raise ValueError("targets.temperatures need log-partitions, which teacher.backend=vllm does not give yet")
-        return self

@@ -93,7 +93,7 @@ def map_workers(
 ) -> Iterator[Any]:
     """Results of ``worker(*arguments).method(item)`` for each item, on a pool of actors, as they complete.
 
-    An actor that dies is started again, and its item with it, ``config.max_restarts`` times.
+    An actor that dies is started again, and its item with it, ``config.max_attempts`` times.
     """
     import ray
     from ray.util import ActorPool
@@ -101,8 +101,8 @@ def map_workers(
     remote = ray.remote(worker).options(
         num_cpus=config.cpus_per_worker,
         num_gpus=config.gpus_per_worker,
-        max_restarts=config.max_restarts,
-        max_task_retries=config.max_restarts,
+        max_restarts=config.max_attempts,
+        max_task_retries=config.max_attempts,
     )
     todo = list(items)
     pool = ActorPool([remote.remote(*arguments) for _ in range(min(config.workers, len(todo)))])

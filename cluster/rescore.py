@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from cluster.config import TargetsConfig, TeacherConfig
 from cluster.hashing import model_folder, weights_sha256
-from cluster.worker import Teacher, build_teacher
+from cluster.targets import Selector
+from cluster.teacher import Teacher, build_teacher
 from logit_store import LogitStore
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError, TeacherError
@@ -113,9 +114,11 @@ def _random_rows(store: LogitStore, num_rows: int, seed: int) -> NDArray[np.int6
 def _build(config: TeacherConfig, store: LogitStore, was_on_gpu: bool) -> Teacher:
     import torch
 
-    targets = TargetsConfig(k=max(store.manifest["k"], 1))
+    selector = Selector(
+        TargetsConfig(k=max(store.manifest["k"], 1)), store.manifest["vocabulary_size"], store.manifest["labels_id"]
+    )
     on_gpu = was_on_gpu and torch.cuda.is_available()
-    return build_teacher(config, targets, store.manifest["vocabulary_size"], int(store.lengths_N.max()), on_gpu)
+    return build_teacher(config, selector, int(store.lengths_N.max()), on_gpu)
 
 
 def _differences(store: LogitStore, backend: Teacher, rows: NDArray[np.int64]) -> list[RowDifference]:
@@ -124,7 +127,7 @@ def _differences(store: LogitStore, backend: Teacher, rows: NDArray[np.int64]) -
         for start in range(0, len(rows), ROWS_PER_CALL):
             numbers = rows[start : start + ROWS_PER_CALL].tolist()
             stored = [store[row] for row in numbers]
-            scored = backend.score([row.tokens.input_ids_T for row in stored])
+            scored = backend.score([row.tokens.input_ids_T for row in stored], numbers)
             for number, row, now in zip(numbers, stored, scored, strict=True):
                 labels = Labels(row.targets, store.manifest["forced_ids"])
                 found.append(RowDifference(number, compare(labels, Labels(now), row.tokens.input_ids_T[1:])))

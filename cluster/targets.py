@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.config import TargetsConfig
 from logit_store import Targets
 from logit_store.errors import TeacherError
 
@@ -19,6 +20,21 @@ CHUNK_BYTES = 256 * 2**20
 def chunk_positions(width: int) -> int:
     """Positions whose float32 logits of ``width`` entries fit in ``CHUNK_BYTES``; at least one."""
     return max(1, CHUNK_BYTES // (4 * width))
+
+
+class Selector:
+    """Chooses what is kept of dense distributions, on the device where they are: the same for every backend."""
+
+    def __init__(self, targets: TargetsConfig, vocabulary_size: int, labels_id: str) -> None:
+        self.targets, self.vocabulary_size, self.labels_id = targets, vocabulary_size, labels_id
+
+    def select(self, logits_NW: Tensor, next_ids_N: Tensor, rows_N: Tensor, positions_N: Tensor) -> Targets:
+        """Targets of N positions, from raw logits of any float dtype; position ``positions_N[i]`` of the store's row
+        ``rows_N[i]`` is followed by token ``next_ids_N[i]``.
+        """
+        assert self.targets.kind == "top_k"
+        assert self.targets.k
+        return select_targets(logits_NW, next_ids_N, self.vocabulary_size, self.targets.k, self.targets.temperatures)
 
 
 def select_targets(

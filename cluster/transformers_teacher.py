@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.config import TargetsConfig, TeacherConfig
-from cluster.targets import chunk_positions, select_targets
+from cluster.config import TeacherConfig
+from cluster.phases import Phases
+from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
 from logit_store.errors import TeacherError
 
@@ -19,15 +20,13 @@ from logit_store.errors import TeacherError
 class TransformersTeacher:
     """A causal language model of transformers, scoring on one device."""
 
-    def __init__(
-        self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, device: str = "cpu"
-    ) -> None:
+    def __init__(self, folder: Path, config: TeacherConfig, selector: Selector, device: str = "cpu") -> None:
         from transformers import AutoModelForCausalLM
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # a worker's bars would land in the driver's terminal
-        self.config, self.targets, self.vocabulary_size = config, targets, vocabulary_size
-        self.device = device
+        self.config, self.selector, self.device = config, selector, device
+        self.phases = Phases()
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         self.model.to(self.device).eval()
         self.decoder = self.model.get_decoder()
@@ -36,28 +35,26 @@ class TransformersTeacher:
         self._probe()
 
     @torch.inference_mode()
-    def score(self, rows: Sequence[np.ndarray]) -> list[Targets]:
-        """Targets of each row; every row has at least two tokens."""
+    def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
+        """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store."""
         scored: dict[int, Targets] = {}
         for members in equal_length_batches([len(row) for row in rows], self.config.batch_tokens):
             ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64)).to(self.device)
-            scored |= zip(members, self._score_batch(ids_BT), strict=True)
+            numbers_B = torch.tensor([numbers[i] for i in members], device=self.device)
+            scored |= zip(members, self._score_batch(ids_BT, numbers_B), strict=True)
         return [scored[i] for i in range(len(rows))]
 
-    def _score_batch(self, ids_BT: Tensor) -> list[Targets]:
+    def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor) -> list[Targets]:
         num_rows, num_tokens = ids_BT.shape
         hidden_BTD = self._hidden(ids_BT)
         hidden_ND = hidden_BTD[:, :-1].reshape(num_rows * (num_tokens - 1), -1)
         next_ids_N = ids_BT[:, 1:].reshape(-1)
+        rows_N = numbers_B.repeat_interleave(num_tokens - 1)
+        positions_N = torch.arange(num_tokens - 1, device=self.device).repeat(num_rows)
+        chunks = [slice(start, start + self.chunk) for start in range(0, len(hidden_ND), self.chunk)]
         parts = [
-            select_targets(
-                self._head(hidden_ND[start : start + self.chunk]),
-                next_ids_N[start : start + self.chunk],
-                self.vocabulary_size,
-                self.targets.k,
-                self.targets.temperatures,
-            )
-            for start in range(0, len(hidden_ND), self.chunk)
+            self.selector.select(self._head(hidden_ND[at]), next_ids_N[at], rows_N[at], positions_N[at])
+            for at in chunks
         ]
         whole = Targets(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
         return [Targets(*row) for row in zip(*(np.split(column, num_rows) for column in whole), strict=True)]
@@ -80,7 +77,7 @@ class TransformersTeacher:
     @torch.inference_mode()
     def _probe(self) -> None:
         """Refuse a model whose chunked logits are not its own."""
-        ids_1T = torch.arange(8, device=self.device)[None] % self.vocabulary_size
+        ids_1T = torch.arange(8, device=self.device)[None] % self.selector.vocabulary_size
         own_TW = self.model(input_ids=ids_1T, use_cache=False).logits[0].float()
         chunked_TW = torch.cat([self._head(h) for h in self._hidden(ids_1T)[0].split(3)]).float()
         error = float((own_TW - chunked_TW).abs().max())

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster.config import TargetsConfig, TeacherConfig
+from cluster.config import TeacherConfig
+from cluster.phases import Phases
+from cluster.targets import Selector
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 
@@ -24,9 +26,7 @@ ROWS_PER_CALL = 64
 class VllmTeacher:
     """A causal language model in vLLM, with a float32 LM head (a bfloat16 head ties adjacent log-probs)."""
 
-    def __init__(
-        self, folder: Path, config: TeacherConfig, targets: TargetsConfig, vocabulary_size: int, longest: int
-    ) -> None:
+    def __init__(self, folder: Path, config: TeacherConfig, selector: Selector, longest: int) -> None:
         try:
             from vllm import LLM
         except ImportError as error:
@@ -34,8 +34,9 @@ class VllmTeacher:
                 f"teacher.backend is vllm, but vllm cannot be imported ({error}): run `make setup`, "
                 "or set teacher.backend=transformers"
             ) from error
-        self.vocabulary_size, self.k = vocabulary_size, targets.k
-        self.num_logprobs = min(targets.k + PADDED_ROWS, vocabulary_size)
+        assert selector.targets.k
+        self.vocabulary_size, self.k, self.phases = selector.vocabulary_size, selector.targets.k, Phases()
+        self.num_logprobs = min(self.k + PADDED_ROWS, self.vocabulary_size)
         self.engine: Any = LLM(
             model=str(folder),
             skip_tokenizer_init=True,
@@ -50,8 +51,8 @@ class VllmTeacher:
             seed=0,
         )
 
-    def score(self, rows: Sequence[np.ndarray]) -> list[Targets]:
-        """Targets of each row; every row has at least two tokens."""
+    def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
+        """Targets of each row of at least two token ids."""
         from vllm import SamplingParams, TokensPrompt
 
         params = SamplingParams(

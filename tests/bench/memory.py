@@ -93,18 +93,21 @@ def _teacher(model: Any, way: str, ids_1T: Any) -> Any:
     import torch
 
     from cluster.config import TargetsConfig, TeacherConfig
+    from cluster.targets import Selector
     from cluster.transformers_teacher import TransformersTeacher
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        teacher = TransformersTeacher(Path(folder), TeacherConfig(model="", dtype="float32"), TargetsConfig(k=K), V)
+        teacher = TransformersTeacher(
+            Path(folder), TeacherConfig(model="", dtype="float32"), Selector(TargetsConfig(k=K), V, "labels")
+        )
 
     def dense() -> None:
         with torch.inference_mode():
             log_p_TV = teacher.model(input_ids=ids_1T, use_cache=False).logits[0].log_softmax(-1)
             log_p_TV.topk(K, dim=-1)
 
-    return dense if way == "dense" else lambda: teacher.score([ids_1T[0].numpy()])
+    return dense if way == "dense" else lambda: teacher.score([ids_1T[0].numpy()], [0])
 
 
 def _student(model: Any, way: str, ids_1T: Any) -> Any:

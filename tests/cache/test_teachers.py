@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.config import TargetsConfig, TeacherConfig
+from cluster.targets import Selector
 from cluster.transformers_teacher import TransformersTeacher, equal_length_batches
 from logit_store import Targets
 from logit_store.errors import TeacherError
@@ -66,9 +67,11 @@ def test_float32_labels_are_the_dense_model_to_the_last_digits(make_store: Calla
 @pytest.mark.parametrize("length", [2, 3, WINDOW])
 def test_transformers_scores_rows_of_any_length(teacher: Path, length: int) -> None:
     ids = np.random.default_rng(length).integers(0, V, length).astype(np.int32)
-    backend = TransformersTeacher(teacher, TeacherConfig(model="", dtype="float32"), TargetsConfig(k=K), V)
+    backend = TransformersTeacher(
+        teacher, TeacherConfig(model="", dtype="float32"), Selector(TargetsConfig(k=K), V, "labels")
+    )
     backend.chunk = 5  # several chunks, the last one short
-    (targets,) = backend.score([ids])
+    (targets,) = backend.score([ids], [0])
     assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-5)
 
 
@@ -82,7 +85,7 @@ def vllm_teacher(teacher: Path) -> Iterator[Any]:
         from cluster.vllm_teacher import VllmTeacher
 
         config = TeacherConfig(model="", backend="vllm", dtype="float32", batch_tokens=256, gpu_memory_utilization=0.2)
-        backend = VllmTeacher(teacher, config, TargetsConfig(k=K), V, WINDOW)
+        backend = VllmTeacher(teacher, config, Selector(TargetsConfig(k=K), V, "labels"), WINDOW)
         yield backend
         backend.engine.llm_engine.engine_core.shutdown()
 
@@ -90,7 +93,7 @@ def vllm_teacher(teacher: Path) -> Iterator[Any]:
 def test_vllm_scores_rows_of_any_length(vllm_teacher: Any, teacher: Path) -> None:
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, V, length).astype(np.int32) for length in (WINDOW, 2, 7, WINDOW, 3)]
-    for ids, targets in zip(rows, vllm_teacher.score(rows), strict=True):
+    for ids, targets in zip(rows, vllm_teacher.score(rows, range(len(rows))), strict=True):
         assert len(targets.next_logprob_P) == len(ids) - 1
         assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-4)
 
@@ -110,9 +113,11 @@ def test_heads_that_do_more_than_a_product_are_right(tmp_path: Path, kind: str) 
     config = AutoConfig.for_model(kind, **sizes, **special.get(kind, {}), initializer_range=0.3)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     ids = np.random.default_rng(0).integers(0, V, 20).astype(np.int32)
-    backend = TransformersTeacher(tmp_path, TeacherConfig(model="", dtype="float32"), TargetsConfig(k=K), V)
+    backend = TransformersTeacher(
+        tmp_path, TeacherConfig(model="", dtype="float32"), Selector(TargetsConfig(k=K), V, "labels")
+    )
     backend.chunk = 6
-    (targets,) = backend.score([ids])
+    (targets,) = backend.score([ids], [0])
     assert_is_dense(targets, ids, dense_logprobs(tmp_path, ids), atol=2e-5)
 
 
@@ -120,7 +125,9 @@ def test_the_probe_refuses_a_model_whose_chunks_differ(teacher: Path, monkeypatc
     original = TransformersTeacher._head
     monkeypatch.setattr(TransformersTeacher, "_head", lambda self, hidden: original(self, hidden) * 1.01)
     with pytest.raises(TeacherError, match="differ from the model's own"):
-        TransformersTeacher(teacher, TeacherConfig(model="", dtype="float32"), TargetsConfig(k=K), V)
+        TransformersTeacher(
+            teacher, TeacherConfig(model="", dtype="float32"), Selector(TargetsConfig(k=K), V, "labels")
+        )
 
 
 def test_batches_hold_one_length_and_every_row_once() -> None:

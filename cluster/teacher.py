@@ -1,0 +1,37 @@
+"""What a backend offers, and the one that a config asks for."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from cluster.config import TeacherConfig
+from cluster.hashing import model_folder
+from cluster.phases import Phases
+from cluster.targets import Selector
+from logit_store import Targets
+
+
+class Teacher(Protocol):
+    """A loaded model that scores rows."""
+
+    phases: Phases
+    """Seconds spent in ``forward`` and ``targets``."""
+
+    def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
+        """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store, by which
+        draws are made.
+        """
+
+
+def build_teacher(teacher: TeacherConfig, selector: Selector, longest: int, on_gpu: bool) -> Teacher:
+    """The configured backend with its model loaded; ``longest`` is the number of tokens of the longest row."""
+    folder: Path = model_folder(teacher.model, teacher.revision)
+    if teacher.backend == "vllm":
+        from cluster.vllm_teacher import VllmTeacher
+
+        return VllmTeacher(folder, teacher, selector, longest)
+    from cluster.transformers_teacher import TransformersTeacher
+
+    return TransformersTeacher(folder, teacher, selector, "cuda" if on_gpu else "cpu")
