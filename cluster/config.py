@@ -177,6 +177,8 @@ class ClusterConfig(Config):
     """How often a shard may take its worker down, or fail on storage that is out of order, before it is given up."""
     retry_delay_s: float = Field(1.0, ge=0.0)
     """Seconds before a shard or a worker is tried again; doubled with each attempt, at most a minute."""
+    max_left_out: int = Field(100, ge=0)
+    """Rows that may be left out because they kill workers. More of them end the job: something else must be wrong."""
     price_per_gpu_hour: float | None = Field(None, ge=0.0)
     """Money for a GPU (or, without GPUs, a worker) for an hour: the summary then says what the labels cost."""
 

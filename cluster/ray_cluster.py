@@ -1,4 +1,4 @@
-"""Everything that touches Ray: start or join a cluster, run tasks, run a pool of workers.
+"""Everything that touches Ray: start or join a cluster, run tasks, start, call and stop workers.
 
 Only this file imports ray.
 """
@@ -8,18 +8,23 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from cluster.config import ClusterConfig
+from cluster.schedule import IN_FLIGHT, Cause
 from logit_store.errors import ConfigError, DecantError
 
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray's job server for the entry point of a submitted job."""
 
 TASK_RETRIES = 3
+
+STOP_S = 10.0
+"""Seconds that an idle worker gets to end its engine. Whoever takes longer is killed, and its children with it."""
 
 
 def in_submitted_job() -> bool:
@@ -88,27 +93,98 @@ def map_tasks(function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]]
         yield result
 
 
-def map_workers(
-    config: ClusterConfig, worker: type, arguments: tuple[Any, ...], method: str, items: Iterable[Any]
-) -> Iterator[Any]:
-    """Results of ``worker(*arguments).method(item)`` for each item, on a pool of actors, as they complete.
+class WorkerDied(Exception):  # noqa: N818  (an event that is dealt with, not an error that ends anything)
+    """A worker has died, or must be treated as if it had."""
 
-    An actor that dies is started again, and its item with it, ``config.max_attempts`` times.
-    """
+    def __init__(self, cause: Cause, reason: str) -> None:
+        super().__init__(reason)
+        self.cause, self.reason = cause, reason
+
+
+def start_worker(config: ClusterConfig, worker: type, arguments: tuple[Any, ...]) -> Any:
+    """A new actor of class ``worker``. It is never started again by Ray: who died, and of what, is ours to know."""
     import ray
-    from ray.util import ActorPool
 
-    remote = ray.remote(worker).options(
-        num_cpus=config.cpus_per_worker,
-        num_gpus=config.gpus_per_worker,
-        max_restarts=config.max_attempts,
-        max_task_retries=config.max_attempts,
-    )
-    todo = list(items)
-    pool = ActorPool([remote.remote(*arguments) for _ in range(min(config.workers, len(todo)))])
-    results = pool.map_unordered(lambda actor, item: getattr(actor, method).remote(item), todo)
-    with _causes():
-        yield from results
+    options = {
+        "num_cpus": config.cpus_per_worker,
+        "num_gpus": config.gpus_per_worker,
+        "resources": config.resources_per_worker,
+        "max_concurrency": IN_FLIGHT,
+        "max_restarts": 0,
+        "max_task_retries": 0,
+    }
+    return ray.remote(worker).options(**options).remote(*arguments)
+
+
+def call(worker: Any, method: str, *arguments: Any) -> Any:
+    """Begin a call of a worker's method; see ``wait`` and ``result``."""
+    return getattr(worker, method).remote(*arguments)
+
+
+def wait(calls: list[Any], timeout_s: float) -> list[Any]:
+    """Those of the calls that have ended, at least one of them unless ``timeout_s`` passes."""
+    import ray
+
+    if not calls:
+        time.sleep(timeout_s)
+        return []
+    if not ray.wait(calls, num_returns=1, timeout=timeout_s)[0]:
+        return []
+    done: list[Any] = ray.wait(calls, num_returns=len(calls), timeout=0)[0]
+    return done
+
+
+def result(call: Any) -> Any:
+    """What an ended call has returned. Raises the error of ours that it raised; WorkerDied for anything else."""
+    import ray
+    from ray import exceptions
+
+    try:
+        return ray.get(call)
+    except exceptions.RayTaskError as error:
+        if isinstance(error.cause, DecantError):
+            raise error.cause from None
+        raise WorkerDied(Cause.PROCESS, f"{type(error.cause).__name__}: {error.cause}") from error
+    except exceptions.OutOfMemoryError as error:
+        raise WorkerDied(Cause.MEMORY, _first_line(error)) from error
+    except exceptions.RayError as error:  # the actor's process, its node, or the way to it
+        raise WorkerDied(_cause_of_death(error), _first_line(error)) from error
+
+
+def stop_worker(worker: Any, gently: bool) -> None:
+    """End an actor; ``gently`` gives it some seconds to end its engine."""
+    import ray
+
+    if gently:
+        ray.wait([worker.stop.remote()], timeout=STOP_S)
+    ray.kill(worker)
+
+
+def meter(kind: str, name: str, description: str, tags: tuple[str, ...]) -> Any:
+    """A counter or gauge that Ray's agents export to Prometheus."""
+    from ray.util import metrics
+
+    return {"counter": metrics.Counter, "gauge": metrics.Gauge}[kind](name, description, tag_keys=("store", *tags))
+
+
+def _cause_of_death(error: Exception) -> Cause:
+    """Whose fault it was, as far as Ray knows: it tells by words only."""
+    from ray import exceptions
+
+    text = str(error)
+    is_gone = isinstance(error, exceptions.ActorUnavailableError) or getattr(error, "preempted", False)
+    if is_gone or "node has died" in text or "killed by `ray.kill`" in text or "owner has died" in text:
+        return Cause.OUTSIDE
+    return Cause.MEMORY if "memory monitor" in text or "low on memory" in text else Cause.PROCESS
+
+
+def _first_line(error: Exception) -> str:
+    """The part of Ray's many lines that says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [
+        line for line in lines if line.startswith(("The actor is dead", "The actor died because", "Task was killed"))
+    ]
+    return (told or lines or [type(error).__name__])[0].split(" Some common causes")[0]
 
 
 @contextmanager

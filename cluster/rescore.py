@@ -15,6 +15,7 @@ from cluster.teacher import Teacher, build_teacher
 from logit_store import LogitStore
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError, TeacherError
+from logit_store.identity import labels_id
 from logit_store.tools.diff import RowDifference, print_differences
 from logit_store.tools.difference import LIKELY, Difference, Labels, compare
 from logit_store.tools.outputs import finite
@@ -50,7 +51,7 @@ def rescore(url: str, num_rows: int, teacher: str | None = None, seed: int = 0) 
     config = _teacher_config(store, provenance, teacher)
     _check_weights(config, labels, store)
     rows = _random_rows(store, num_rows, seed)
-    backend = _build(config, store, bool(provenance.get("gpus_per_worker")))
+    backend = _build(config, store, labels, bool(provenance.get("gpus_per_worker")))
     found = _differences(store, backend, rows)
     shards = {store.shards.shard_of(row)[0] for row in rows}
     codec_error = max(float(store.shards.columns["max_error"][shard]) for shard in shards)
@@ -111,12 +112,15 @@ def _random_rows(store: LogitStore, num_rows: int, seed: int) -> NDArray[np.int6
     return np.sort(rng.choice(candidates, min(num_rows, len(candidates)), replace=False))
 
 
-def _build(config: TeacherConfig, store: LogitStore, was_on_gpu: bool) -> Teacher:
+def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], was_on_gpu: bool) -> Teacher:
+    """The teacher as it was, to be asked what it was asked: a slice for fewer entries than its parent."""
     import torch
 
-    selector = Selector(
-        TargetsConfig(k=max(store.manifest["k"], 1)), store.manifest["vocabulary_size"], store.manifest["labels_id"]
-    )
+    targets = parse_config(TargetsConfig, labels["targets"], "the store's targets")
+    if targets.k is not None:
+        targets = targets.model_copy(update={"k": store.manifest["k"]})
+
+    selector = Selector(targets, store.manifest["vocabulary_size"], labels_id(labels))
     on_gpu = was_on_gpu and torch.cuda.is_available()
     return build_teacher(config, selector, int(store.lengths_N.max()), on_gpu)
 

@@ -18,11 +18,18 @@ class Teacher(Protocol):
 
     phases: Phases
     """Seconds spent in ``forward`` and ``targets``."""
+    batch_tokens: int
+    """Tokens of a batch, at most (or one row)."""
+    oom_splits: int
+    """How often a batch was split because memory did not suffice."""
 
     def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
         """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store, by which
         draws are made.
         """
+
+    def close(self) -> None:
+        """End what the teacher has started."""
 
 
 def build_teacher(teacher: TeacherConfig, selector: Selector, longest: int, on_gpu: bool) -> Teacher:

@@ -26,7 +26,7 @@ class TransformersTeacher:
 
         disable_progress_bar()  # a worker's bars would land in the driver's terminal
         self.config, self.selector, self.device = config, selector, device
-        self.phases = Phases()
+        self.phases, self.batch_tokens, self.oom_splits = Phases(), config.batch_tokens, 0
         self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
         self.model.to(self.device).eval()
         self.decoder = self.model.get_decoder()
@@ -38,11 +38,14 @@ class TransformersTeacher:
     def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
         """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store."""
         scored: dict[int, Targets] = {}
-        for members in equal_length_batches([len(row) for row in rows], self.config.batch_tokens):
+        for members in equal_length_batches([len(row) for row in rows], self.batch_tokens):
             ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64)).to(self.device)
             numbers_B = torch.tensor([numbers[i] for i in members], device=self.device)
             scored |= zip(members, self._score_batch(ids_BT, numbers_B), strict=True)
         return [scored[i] for i in range(len(rows))]
+
+    def close(self) -> None:
+        """Nothing was started."""
 
     def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor) -> list[Targets]:
         num_rows, num_tokens = ids_BT.shape

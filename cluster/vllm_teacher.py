@@ -36,6 +36,7 @@ class VllmTeacher:
             ) from error
         assert selector.targets.k
         self.vocabulary_size, self.k, self.phases = selector.vocabulary_size, selector.targets.k, Phases()
+        self.batch_tokens, self.oom_splits = config.batch_tokens, 0
         self.num_logprobs = min(self.k + PADDED_ROWS, self.vocabulary_size)
         self.engine: Any = LLM(
             model=str(folder),
@@ -64,6 +65,10 @@ class VllmTeacher:
             outputs = self.engine.generate(prompts, params, use_tqdm=False)
             targets += [self._targets(output.prompt_logprobs) for output in outputs]
         return targets
+
+    def close(self) -> None:
+        """End the engine's process."""
+        self.engine.llm_engine.engine_core.shutdown()
 
     def _targets(self, flat: Any) -> Targets:
         """From flat log-probs: at each position the prompt's own token first, then the top entries."""

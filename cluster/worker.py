@@ -1,50 +1,89 @@
 """A teacher worker: loads the teacher once, then turns token shards into logit shards of the same number."""
 
-from functools import cached_property
+import os
+import socket
+import threading
+import time
 from typing import Any
 
-import numpy as np
-
 from cluster.config import CacheConfig
+from cluster.phases import Phases
+from cluster.schedule import Task
 from cluster.targets import Selector
 from cluster.teacher import Teacher, build_teacher
-from logit_store import LogitRow, Storage, Targets, TokenStore, writer
+from logit_store import LogitRow, Storage, Targets, TokenRow, TokenStore, writer
 
 
 class TeacherWorker:
-    """Scores shards and writes them to storage itself: labels never pass through the driver."""
+    """Scores shards and writes them to storage itself: labels never pass through the driver.
+
+    Two tasks run at a time, in threads: one has the teacher while the other reads its tokens, or encodes and writes.
+    """
 
     def __init__(self, config: CacheConfig, header: dict[str, Any]) -> None:
-        import torch
-
-        if not config.cluster.gpus_per_worker:
-            torch.set_num_threads(config.cluster.cpus_per_worker)
         self.config, self.header = config, header
+        self._has_teacher = threading.Lock()
+        self._idle_since = time.perf_counter()
 
-    @cached_property
-    def tokens(self) -> TokenStore:
-        """The token shards."""
-        return TokenStore.open(self.config.tokens.path)
+    def start(self) -> dict[str, Any]:
+        """Load the teacher; say where. Not the constructor's work: an actor that fails there has no last words."""
+        if not self.config.cluster.gpus_per_worker:
+            import torch
 
-    @cached_property
-    def teacher(self) -> Teacher:
-        """The teacher, loaded with the first shard: an actor whose constructor fails dies without a reason."""
+            torch.set_num_threads(self.config.cluster.cpus_per_worker)
+        self.tokens = TokenStore.open(self.config.tokens.path)
+        self.teacher = self.load_teacher()
+        self._idle_since = time.perf_counter()
+        return {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def load_teacher(self) -> Teacher:
+        """The configured teacher."""
         selector = Selector(self.config.targets, self.header["vocabulary_size"], self.header["labels_id"])
         longest, on_gpu = int(self.tokens.lengths_N.max()), self.config.cluster.gpus_per_worker > 0
         return build_teacher(self.config.teacher, selector, longest, on_gpu)
 
-    def score_shard(self, shard: int) -> dict[str, Any]:
-        """Score and commit one shard; its commit record."""
-        numbers = self.tokens.shard_rows(shard)
-        rows = [self.tokens[row] for row in numbers]
-        scorable = [(row.input_ids_T, i) for row, i in zip(rows, numbers, strict=True) if len(row.input_ids_T) > 1]
-        scored = iter(self.teacher.score([ids for ids, _ in scorable], [i for _, i in scorable]))
-        empty = empty_targets(len(self.config.targets.temperatures))
-        labelled = [LogitRow(row, next(scored) if len(row.input_ids_T) > 1 else empty) for row in rows]
-        return writer.commit_logits(Storage(self.config.store.path), shard, labelled, self.header)
+    def work(self, task: Task) -> dict[str, Any]:
+        """Score a shard and commit it, or score a part of it and forget it; what that came to, in figures."""
+        numbers, left_out = self.tokens.shard_rows(task.shard), dict(task.left_out)
+        places = [i for i in task.probe or range(len(numbers)) if i not in left_out]
+        rows = {i: self.tokens[numbers[i]] for i in places}
+        targets, seconds, oom_splits = self._score(task, numbers, rows)
+        if task.probe is not None:
+            return {"seconds": seconds, "oom_splits": oom_splits}
+        phases = Phases()
+        record = self._commit(task, numbers, targets, phases)
+        seconds |= phases.take()
+        figures = {name: record[name] for name in ("rows", "tokens", "positions", "bytes")}
+        return {**figures, "left_out": len(left_out), "seconds": seconds, "oom_splits": oom_splits}
 
+    def stop(self) -> None:
+        """Let go of the teacher, and of processes that it has started."""
+        if hasattr(self, "teacher"):
+            self.teacher.close()
 
-def empty_targets(num_temperatures: int) -> Targets:
-    """Targets of a row of one token, which has no position."""
-    matrix, vector = np.zeros((0, 0), np.float32), np.zeros(0, np.float32)
-    return Targets.of_heads(matrix, matrix, vector, vector, np.zeros((0, num_temperatures), np.float32))
+    def _score(
+        self, task: Task, numbers: range, rows: dict[int, TokenRow]
+    ) -> tuple[dict[int, Targets], dict[str, float], int]:
+        """Targets of the rows that have positions; seconds by phase; how often a batch was split for want of memory."""
+        scorable = [i for i, row in rows.items() if len(row.input_ids_T) > 1]
+        with self._has_teacher:
+            waited = time.perf_counter() - self._idle_since
+            self.teacher.batch_tokens = max(1, self.config.teacher.batch_tokens >> task.halvings)
+            splits = self.teacher.oom_splits
+            scored = self.teacher.score([rows[i].input_ids_T for i in scorable], [numbers[i] for i in scorable])
+            seconds = {**self.teacher.phases.take(), "wait": waited}
+            self._idle_since = time.perf_counter()
+            return dict(zip(scorable, scored, strict=True)), seconds, self.teacher.oom_splits - splits
+
+    def _commit(self, task: Task, numbers: range, targets: dict[int, Targets], phases: Phases) -> dict[str, Any]:
+        """Put labels to the shard's rows and write them; the record that stands."""
+        shape = len(self.header["temperatures"]), len(self.header["forced_ids"])
+        labelled = []
+        for i, number in enumerate(numbers):
+            row = self.tokens[number]
+            nothing = Targets.of_nothing(max(len(row.input_ids_T) - 1, 0), *shape)
+            labelled.append(LogitRow(row, targets.get(i, nothing)))
+        with phases.measure("encode"):
+            prepared = writer.prepare_logits(labelled, self.header, dict(task.left_out))
+        with phases.measure("write"):
+            return writer.commit(Storage(self.config.store.path), task.shard, prepared)

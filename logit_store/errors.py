@@ -7,6 +7,7 @@ DecantError
 ├── StudentError         the student, its checkpoint or its launcher cannot go on
 └── StoreError           something about a store's directory
     ├── NotFinishedError     it has no manifest yet
+    ├── UnavailableError     storage failed for now: the same may work later
     ├── FormatError          it is not ours, or of another format version
     ├── CorruptError         bytes that do not match their checksum
     └── IdentityError        it was made from something else
@@ -39,6 +40,10 @@ class StoreError(DecantError):
 
 class NotFinishedError(StoreError):
     """The store has no manifest: the job that writes it has not ended."""
+
+
+class UnavailableError(StoreError):
+    """Storage did not answer, or failed in a way that may pass."""
 
 
 class FormatError(StoreError):

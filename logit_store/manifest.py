@@ -12,7 +12,7 @@ from logit_store.shard import COLUMN_TYPES, RESERVED_COLUMNS
 from logit_store.storage import Storage
 
 ADDED_TO_HEADER = (
-    "index", "shards_sha256", "files", "num_rows", "num_tokens", "num_positions", "num_bytes"
+    "index", "shards_sha256", "files", "num_rows", "num_tokens", "num_positions", "num_bytes", "left_out"
 )  # fmt: skip
 """What a manifest says beyond its header; of token stores also the text_id."""
 
@@ -48,6 +48,7 @@ class _Logits(_Tokens):
     temperatures: list[float] = Field(max_length=1024)
     forced_ids: list[Annotated[int, Field(ge=0, lt=MAX_VOCABULARY_SIZE)]] = Field(max_length=1024)
     codec: CodecConfig
+    left_out: dict[Annotated[str, Field(pattern=r"^\d+$")], str] = {}
 
 
 def layout_of(header: dict[str, Any]) -> Layout:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -192,6 +192,16 @@ class LogitStore(_Store[LogitRow]):
     def codec(self) -> CodecConfig:
         """How log-probs are stored."""
         return CodecConfig(**self.manifest["codec"])
+
+    @cached_property
+    def left_out(self) -> dict[int, str]:
+        """Rows that the teacher could not score, and why: they have tokens but no labels."""
+        return {int(row): reason for row, reason in self.manifest.get("left_out", {}).items()}
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the rows in ``split`` that have labels, ascending."""
+        rows = super().rows(split)
+        return rows[~np.isin(rows, list(self.left_out))] if self.left_out else rows
 
     def read(self, rows: Iterable[int]) -> list[LogitRow]:
         """Several rows, in this order; rows of one block are cheapest one after the other."""

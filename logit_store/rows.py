@@ -85,6 +85,18 @@ class Targets(NamedTuple):
             np.zeros(0, np.int32),
         )
 
+    @classmethod
+    def of_nothing(cls, num_positions: int, num_temperatures: int, num_forced: int) -> "Targets":
+        """What stands where labels are missing: nothing is kept, and all of the mass is tail."""
+        impossible_P = np.full(num_positions, -np.inf, np.float32)
+        return cls.of_heads(
+            np.zeros((num_positions, 0), np.int32),
+            np.zeros((num_positions, 0), np.float32),
+            impossible_P,
+            np.zeros(num_positions, np.float32),
+            np.zeros((num_positions, num_temperatures), np.float32),
+        )._replace(forced_logprobs_PF=np.repeat(impossible_P[:, None], num_forced, 1))
+
     def padded_heads(self, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ids and log-probs as [P, width] arrays; a position's free places hold id 0 with log-prob −inf.
 

@@ -2,10 +2,12 @@
 
 import base64
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from logit_store.codec.levels import CodecConfig
 from logit_store.encode import Encoded, encode_logits, encode_tokens
@@ -14,6 +16,7 @@ from logit_store.format import (
     HEADER,
     INDEX,
     MANIFEST,
+    RECORD_NAME,
     SHARDS,
     TEMPORARY_SUFFIX,
     describe,
@@ -26,10 +29,12 @@ from logit_store.identity import digest, require_equal, text_id
 from logit_store.index import encode_index, encode_shards, page_checksums
 from logit_store.manifest import layout_of, read_manifest
 from logit_store.record import rows_of_record
-from logit_store.rows import SPLITS, LogitRow, TokenRow
+from logit_store.rows import SPLITS, LogitRow, TokenRow, offsets_of
 from logit_store.storage import Storage
 
 Record = dict[str, Any]
+RECORDS_AT_ONCE = 256
+"""Records asked of an object store at the same time."""
 
 
 def check(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> bool:
@@ -66,27 +71,67 @@ def begin(storage: Storage, header: dict[str, Any], identity: Sequence[str]) -> 
     return unseal(storage.read(HEADER), "header", storage.path(HEADER))
 
 
-def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow], header: dict[str, Any]) -> Record:
-    """Encode and commit a token shard; the record that stands, whoever wrote it."""
-    encoded = encode_tokens(rows, layout_of(header), header["columns"], describe(header))
-    return _commit(storage, shard, encoded, rows)
+class Prepared(NamedTuple):
+    """A shard in memory, ready to be committed."""
+
+    data: bytes
+    facts: Record
 
 
-def commit_logits(storage: Storage, shard: int, rows: Sequence[LogitRow], header: dict[str, Any]) -> Record:
-    """Encode and commit a logit shard; the record that stands, whoever wrote it.
+def prepare_tokens(rows: Sequence[TokenRow], header: dict[str, Any]) -> Prepared:
+    """Encode a token shard."""
+    return _prepared(encode_tokens(rows, layout_of(header), header["columns"], describe(header)), rows)
+
+
+def prepare_logits(
+    rows: Sequence[LogitRow], header: dict[str, Any], left_out: Mapping[int, str] = MappingProxyType({})
+) -> Prepared:
+    """Encode a logit shard; ``left_out`` are its rows (by place) that have no labels, and why.
 
     Raises StoreError: the labels are no distributions, or cannot be stored within the codec's bounds.
     """
     codec = CodecConfig(**header["codec"])
     encoded = encode_logits(rows, layout_of(header), codec, header["columns"], describe(header))
-    return _commit(storage, shard, encoded, [row.tokens for row in rows])
+    prepared = _prepared(encoded, [row.tokens for row in rows])
+    if left_out:
+        prepared.facts["left_out"] = {str(place): left_out[place] for place in sorted(left_out)}
+    return prepared
+
+
+def commit_tokens(storage: Storage, shard: int, rows: Sequence[TokenRow], header: dict[str, Any]) -> Record:
+    """Encode and commit a token shard; the record that stands, whoever wrote it."""
+    return commit(storage, shard, prepare_tokens(rows, header))
+
+
+def commit_logits(
+    storage: Storage,
+    shard: int,
+    rows: Sequence[LogitRow],
+    header: dict[str, Any],
+    left_out: Mapping[int, str] = MappingProxyType({}),
+) -> Record:
+    """Encode and commit a logit shard (see ``prepare_logits``); the record that stands, whoever wrote it."""
+    return commit(storage, shard, prepare_logits(rows, header, left_out))
+
+
+def is_committed(storage: Storage, num_shards: int) -> NDArray[np.bool_]:
+    """For each shard whether its record is there, by names alone: of a million shards in seconds."""
+    found = np.zeros(num_shards, np.bool_)
+    for name in storage.scan("shards"):
+        if RECORD_NAME.fullmatch(name) and int(name[:6]) < num_shards:
+            found[int(name[:6])] = True
+    return found
 
 
 def committed(storage: Storage, num_shards: int) -> dict[int, Record]:
     """The commit records that are there, by shard."""
-    names = set(storage.names("shards"))
-    wanted = [s for s in range(num_shards) if record_name(s).removeprefix("shards/") in names]
-    return {shard: read_record(storage, shard) for shard in wanted}
+    shards, records = np.flatnonzero(is_committed(storage, num_shards)).tolist(), {}
+    for start in range(0, len(shards), RECORDS_AT_ONCE):
+        part = shards[start : start + RECORDS_AT_ONCE]
+        texts = storage.read_many([record_name(shard) for shard in part])
+        for shard, text in zip(part, texts, strict=True):
+            records[shard] = unseal(text, "record", storage.path(record_name(shard)))
+    return records
 
 
 def read_record(storage: Storage, shard: int) -> Record:
@@ -128,6 +173,8 @@ def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) ->
         "files": {name: digest(data) for name, data in sorted(files.items())},
         **{f"num_{name}": sum(record[name] for record in ordered) for name in ("rows", "tokens", "positions", "bytes")},
     }
+    if left_out := _left_out(ordered):
+        manifest["left_out"] = left_out
     storage.create(MANIFEST, seal("manifest", manifest))
     return read_manifest(storage)
 
@@ -138,6 +185,16 @@ def _index(records: Sequence[Record]) -> bytes:
     return encode_index(
         np.concatenate(lengths), np.concatenate([np.zeros(0, np.int8), *(splits for _, splits in rows)])
     )
+
+
+def _left_out(records: Sequence[Record]) -> dict[str, str]:
+    """Rows of the store without labels, and why."""
+    first_rows = offsets_of(np.array([record["rows"] for record in records], np.int64)).tolist()
+    return {
+        str(first + int(place)): reason
+        for first, record in zip(first_rows, records, strict=False)
+        for place, reason in record.get("left_out", {}).items()
+    }
 
 
 def _remove_strays(storage: Storage, records: dict[int, Record]) -> None:
@@ -168,20 +225,11 @@ def put_object(storage: Storage, name: str, data: bytes) -> None:
         storage.delete(name)
 
 
-def _commit(storage: Storage, shard: int, encoded: Encoded, rows: Sequence[TokenRow]) -> Record:
-    sha256 = digest(encoded.data)
-    prefix_bytes = encoded.facts["prefix_bytes"]
-    lengths = np.array([len(row.input_ids_T) for row in rows], "<i4")
-    splits = np.array([SPLITS.index(row.split) for row in rows], np.int8)
-    record = {
-        "object": object_name(shard, sha256),
-        "sha256": sha256,
-        "bytes": len(encoded.data),
-        "prefix_crc32": zlib.crc32(encoded.data[:prefix_bytes]),
-        "index": base64.b64encode(zlib.compress(lengths.tobytes() + splits.tobytes())).decode(),
-        **encoded.facts,
-    }
-    put_object(storage, record["object"], encoded.data)
+def commit(storage: Storage, shard: int, prepared: Prepared) -> Record:
+    """Put a shard in its place, unless somebody was faster; the record that stands, whoever wrote it."""
+    sha256 = prepared.facts["sha256"]
+    record = {"object": object_name(shard, sha256), **prepared.facts}
+    put_object(storage, record["object"], prepared.data)
     storage.create(record_name(shard), seal("record", record))
     standing = read_record(storage, shard)
     if standing["object"] != record["object"]:
@@ -191,3 +239,16 @@ def _commit(storage: Storage, shard: int, encoded: Encoded, rows: Sequence[Token
             f"{storage.path(record['object'])} vanished while it was committed: somebody deletes files here"
         )
     return standing
+
+
+def _prepared(encoded: Encoded, rows: Sequence[TokenRow]) -> Prepared:
+    lengths = np.array([len(row.input_ids_T) for row in rows], "<i4")
+    splits = np.array([SPLITS.index(row.split) for row in rows], np.int8)
+    facts = {
+        "sha256": digest(encoded.data),
+        "bytes": len(encoded.data),
+        "prefix_crc32": zlib.crc32(encoded.data[: encoded.facts["prefix_bytes"]]),
+        "index": base64.b64encode(zlib.compress(lengths.tobytes() + splits.tobytes())).decode(),
+        **encoded.facts,
+    }
+    return Prepared(encoded.data, facts)

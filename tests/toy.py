@@ -58,14 +58,30 @@ def make_teacher(folder: Path, tokenizer: Path, vocab_size: int = 416, context: 
 
 def in_process_workers() -> Any:
     """Within the block, `cache` scores its shards in this process instead of in actors."""
+    from concurrent.futures import Future
+
     from cluster import ray_cluster
 
     @contextmanager
     def session(_config: Any) -> Iterator[None]:
         yield
 
-    def map_workers(_config: Any, worker: Any, arguments: Any, method: str, items: Any) -> Iterator[Any]:
-        instance = worker(*arguments)
-        yield from (getattr(instance, method)(item) for item in items)
+    def call(worker: Any, method: str, *arguments: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(getattr(worker, method)(*arguments))
+        except Exception as error:  # noqa: BLE001  (whatever it is, `result` raises it)
+            future.set_exception(error)
+        return future
 
-    return mock.patch.multiple(ray_cluster, session=session, check_room=mock.Mock(), map_workers=map_workers)
+    return mock.patch.multiple(
+        ray_cluster,
+        session=session,
+        check_room=mock.Mock(),
+        meter=mock.Mock(),
+        start_worker=lambda _config, worker, arguments: worker(*arguments),
+        call=call,
+        wait=lambda calls, _timeout_s: calls,
+        result=lambda future: future.result(),
+        stop_worker=mock.Mock(),
+    )

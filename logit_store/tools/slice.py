@@ -70,7 +70,9 @@ def slice_store(url: str, out: str, part: Part) -> LogitStore:
             for number, shard in enumerate(shards):
                 if number not in done:
                     kept = [cut(parent[int(row)], k, parent.manifest["forced_ids"]) for row in shard.rows]
-                    writer.commit_logits(storage, number, kept, header)
+                    places = enumerate(shard.rows.tolist())
+                    left_out = {i: parent.left_out[row] for i, row in places if row in parent.left_out}
+                    writer.commit_logits(storage, number, kept, header, left_out)
                 advance(len(shard.rows))
         writer.finish(storage, header, parent.files())
     return LogitStore.open(out)

@@ -32,6 +32,7 @@ def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
             "entries_per_position": store.shards.total("entries") / max(positions, 1),
             "draws_per_position": store.shards.total("draws") / max(positions, 1),
             "kept_mass": store.shards.total("kept_mass") / max(positions, 1),
+            "rows_left_out": len(store.left_out),
             "codec": store.codec.kind,
             "codec_mean_kl": float((positions_of * kl).sum()) / max(positions, 1),
             "codec_max_error": float(store.shards.columns["max_error"].max(initial=0.0)),

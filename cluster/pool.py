@@ -1,0 +1,175 @@
+"""The pool of teacher workers: keeps them alive and busy with what the schedule says, and tells what happens."""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+from cluster.ray_cluster import WorkerDied
+from cluster.schedule import Cause, Schedule, Task
+from logit_store.errors import TeacherError, UnavailableError
+
+TICK_S = 1.0
+"""The longest that the pool is silent."""
+
+
+class Event(NamedTuple):
+    """Something that happened: ``started``, ``died``, ``done``, ``probed``, ``failed``, ``left_out``, ``given_up``, or
+    ``tick`` where nothing did.
+    """
+
+    kind: str
+    fields: dict[str, Any]
+
+
+@dataclass
+class _Slot:
+    """A place for a worker, which may be filled again and again."""
+
+    number: int
+    worker: Any = None
+    starting: Any = None
+    """What the call that loads the teacher will return; None once it has."""
+    tasks: dict[Any, Task] = field(default_factory=dict)
+    is_fresh: bool = True
+    failed_starts: int = 0
+    not_before: float = 0.0
+
+    @property
+    def is_ready(self) -> bool:
+        return self.worker is not None and self.starting is None
+
+
+class Pool:
+    """Workers of class ``worker``, each made with ``arguments``, that work off a schedule."""
+
+    def __init__(self, config: ClusterConfig, worker: type, arguments: tuple[Any, ...], schedule: Schedule) -> None:
+        self.config, self.schedule = config, schedule
+        self._worker, self._arguments = worker, arguments
+        self._slots = [_Slot(number) for number in range(min(config.workers, schedule.num_left))]
+
+    @property
+    def num_alive(self) -> int:
+        """Workers that have their teacher loaded."""
+        return sum(slot.is_ready for slot in self._slots)
+
+    def run(self) -> Iterator[Event]:
+        """Do all that the schedule holds. Raises the error of ours that ends the job, such as a full disk.
+
+        Raises TeacherError: nothing works, or too much had to be left out.
+        """
+        try:
+            while not self.schedule.is_over:
+                if (reason := self.schedule.hopeless()) is not None:
+                    raise TeacherError(f"the job is stopped after {reason}")
+                now = time.monotonic()
+                for slot in self._slots:
+                    self._fill(slot, now)
+                    self._feed(slot, now)
+                yield from self._collect(now)
+        finally:
+            for slot in self._slots:
+                if slot.worker is not None:
+                    ray_cluster.stop_worker(slot.worker, gently=slot.is_ready and not slot.tasks)
+
+    def _fill(self, slot: _Slot, now: float) -> None:
+        """Start a worker in an empty place, if there is something left for it."""
+        if slot.worker is None and slot.not_before <= now and self.schedule.num_left > self._num_in_flight():
+            slot.worker = ray_cluster.start_worker(self.config, self._worker, self._arguments)
+            slot.starting = ray_cluster.call(slot.worker, "start")
+            slot.is_fresh = True
+
+    def _num_in_flight(self) -> int:
+        return sum(len(slot.tasks) for slot in self._slots)
+
+    def _feed(self, slot: _Slot, now: float) -> None:
+        """Give the worker as much as it can have."""
+        while slot.is_ready:
+            task = self.schedule.next(slot.number, len(slot.tasks), slot.is_fresh, now)
+            if task is None:
+                break
+            slot.tasks[ray_cluster.call(slot.worker, "work", task)] = task
+            slot.is_fresh = False
+        if slot.is_ready and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
+            self._empty(slot)
+            self._fill(slot, now)
+
+    def _collect(self, now: float) -> Iterator[Event]:
+        """Wait until something happens, and tell it."""
+        waited_for: dict[Any, _Slot] = {}
+        for slot in self._slots:
+            waited_for |= dict.fromkeys([*slot.tasks, *([] if slot.starting is None else [slot.starting])], slot)
+        wakes = [self.schedule.wakes_at(), *(slot.not_before for slot in self._slots if slot.worker is None)]
+        delays = [at - now for at in wakes if at is not None and at > now]
+        done = ray_cluster.wait(list(waited_for), max(0.01, min(TICK_S, *delays)) if delays else TICK_S)
+        dead: dict[int, WorkerDied] = {}
+        for reference in done:
+            slot = waited_for[reference]
+            try:
+                result = ray_cluster.result(reference)
+            except WorkerDied as death:
+                dead.setdefault(slot.number, death)
+                continue
+            except UnavailableError as error:
+                yield from self._storage_failed(slot, reference, error)
+                continue
+            except TeacherError as error:  # that cannot even be loaded, or cannot score these rows
+                if reference == slot.starting:
+                    raise
+                dead.setdefault(slot.number, WorkerDied(Cause.PROCESS, str(error)))
+                continue
+            yield from self._succeeded(slot, reference, result)
+        for number, end in dead.items():
+            yield from self._died(self._slots[number], end)
+        if not done:
+            yield Event("tick", {})
+
+    def _succeeded(self, slot: _Slot, reference: Any, result: dict[str, Any]) -> Iterator[Event]:
+        if reference == slot.starting:
+            slot.starting, slot.failed_starts = None, 0
+            yield Event("started", {"worker": slot.number, **result})
+            return
+        task = slot.tasks.pop(reference)
+        self.schedule.done(slot.number, task)
+        kind = "done" if task.probe is None else "probed"
+        yield Event(kind, {"worker": slot.number, **_described(task), **result})
+
+    def _storage_failed(self, slot: _Slot, reference: Any, error: UnavailableError) -> Iterator[Event]:
+        if reference == slot.starting:
+            yield from self._died(slot, WorkerDied(Cause.STORAGE, str(error)))
+            return
+        task = slot.tasks.pop(reference)
+        self.schedule.failed(slot.number, task, Cause.STORAGE, str(error), time.monotonic())
+        fields = {"worker": slot.number, "cause": str(Cause.STORAGE), "reason": str(error)}
+        yield Event("failed", {**fields, **_described(task)})
+        yield from self._verdicts()
+
+    def _died(self, slot: _Slot, death: WorkerDied) -> Iterator[Event]:
+        now, tasks = time.monotonic(), list(slot.tasks.values())
+        slot.failed_starts += slot.starting is not None
+        self._empty(slot)
+        slot.not_before = now + self.schedule.limits.delay_s(slot.failed_starts) if slot.failed_starts else 0.0
+        self.schedule.died(slot.number, tasks, death.cause, death.reason, now)
+        fields = {"worker": slot.number, "cause": str(death.cause), "reason": death.reason}
+        yield Event("died", {**fields, "tasks": [_described(task) for task in tasks]})
+        yield from self._verdicts()
+
+    def _verdicts(self) -> Iterator[Event]:
+        """Rows and shards that were given up just now."""
+        yield from (Event(*news) for news in self.schedule.take_news())
+
+    def _empty(self, slot: _Slot) -> None:
+        """End the worker for certain: one that only seems dead must not go on beside its successor."""
+        ray_cluster.stop_worker(slot.worker, gently=False)
+        slot.worker, slot.starting, slot.tasks = None, None, {}
+
+
+def _described(task: Task) -> dict[str, Any]:
+    fields: dict[str, Any] = {"shard": task.shard}
+    if task.probe is not None:
+        fields["probe"] = [task.probe.start, task.probe.stop]
+    if task.halvings:
+        fields["halvings"] = task.halvings
+    return fields

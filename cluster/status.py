@@ -1,0 +1,83 @@
+"""`decant status`: how far the job at a store is, from what is committed and from what the job says of itself."""
+
+import json
+import time
+from typing import Any
+
+from cluster.journal import read_status
+from cluster.progress import left
+from logit_store import Storage, writer
+from logit_store.errors import NotFinishedError
+from logit_store.format import HEADER, MANIFEST, unseal
+
+SILENCE_S = 60.0
+"""A running job that has said nothing for so long is dead: it speaks every 15 seconds at the least."""
+WATCH_EVERY_S = 2.0
+
+
+def read(store_url: str) -> dict[str, Any]:
+    """How things stand: ``state`` is ``finished``, ``running``, ``died``, ``failed``, ``interrupted`` or ``unknown``
+    (shards, and no word of any job). Raises NotFinishedError where nothing was begun.
+    """
+    storage = Storage(store_url)
+    if not storage.exists(HEADER):
+        raise NotFinishedError(f"{store_url} holds no decant store: no job has begun to write there")
+    num_shards = int(unseal(storage.read(HEADER), "header", storage.path(HEADER))["num_shards"])
+    said = read_status(store_url) or {"state": "unknown"}
+    found = {**said, "store": store_url, "shards": num_shards}
+    found["shards_done"] = int(writer.is_committed(storage, num_shards).sum())
+    found["silent_s"] = round(time.time() - said["updated"], 1) if "updated" in said else None
+    if storage.exists(MANIFEST):
+        found["state"] = "finished"
+    elif said["state"] == "running" and found["silent_s"] > SILENCE_S:
+        found["state"] = "died"
+    return found
+
+
+def status(store_url: str, as_json: bool = False, watch: bool = False) -> None:
+    """Show how things stand, once or until the job has ended. Raises StoreError."""
+    from rich.live import Live
+
+    found = read(store_url)
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    with Live(_table(found), auto_refresh=False) as live:
+        while watch and found["state"] in ("running", "unknown"):
+            time.sleep(WATCH_EVERY_S)
+            found = read(store_url)
+            live.update(_table(found), refresh=True)
+
+
+def _table(found: dict[str, Any]) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"{found['store']}: {_state(found)}", show_header=False, title_justify="left")
+    done, total = found["shards_done"], found["shards"]
+    table.add_row("shards", f"{done:,} of {total:,} ({done / max(total, 1):.1%})")
+    if "verb" in found:
+        is_running = found["state"] == "running"
+        workers = ", ".join(found["workers"].values()) or "none"
+        rows = {
+            "job": f"{found['verb']} on {found['host']}, process {found['pid']}",
+            "workers": workers if is_running else "",
+            "rate": f"{found['tokens_per_s']:,.0f} tok/s" if is_running else "",
+            "time left": left(found["seconds_left"]) if is_running else "",
+            "tokens": f"{found['tokens']:,} in {left(found['seconds'])}, by the last run",
+            "retries": ", ".join(f"{cause} {count}" for cause, count in found["retries"].items()) or "none",
+            "left out": ", ".join(f"row {r['row']} of shard {r['shard']}" for r in found["left_out"]) or "none",
+            "given up": ", ".join(f"shard {g['shard']}: {g['reason']}" for g in found["given_up"]),
+            "log": f"{found['store'].rstrip('/')}.job/{found['log']}.jsonl",
+        }
+        for key, value in rows.items():
+            if value:
+                table.add_row(key, value)
+    return table
+
+
+def _state(found: dict[str, Any]) -> str:
+    if found["state"] == "died":
+        return f"died: no word for {left(found['silent_s'])}; the command that began it goes on"
+    if found["state"] in ("failed", "interrupted"):
+        return f"{found['state']}; the command that began it goes on"
+    return str({"unknown": "not finished; nothing is known of a job"}.get(found["state"], found["state"]))
