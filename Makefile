@@ -2,6 +2,7 @@
 # make demo    the whole job on a small corpus, from teacher to report
 # make test    every test
 # make bench   benchmarks against plain alternatives; results in docs/benchmarks/
+# make chaos   half an hour of random kills of workers, driver and nodes: the store must come out the same
 # make lint    ruff, types, shell
 #
 # PYTHON=python3.12 chooses the interpreter, TORCH_INDEX=URL where CPU wheels of PyTorch come from.
@@ -11,7 +12,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test bench lint clean
+.PHONY: setup demo test bench chaos lint clean
 INPUTS := pyproject.toml docker/install.sh
 
 setup: $(VENV)/.all
@@ -37,6 +38,9 @@ test: $(VENV)/.all
 bench: $(VENV)/.all
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.store
+
+chaos: $(VENV)/.all
+	$(BIN)/python -m tests.chaos --minutes 30
 
 lint: $(VENV)/.all
 	$(BIN)/ruff check .

@@ -65,18 +65,20 @@ def session(config: ClusterConfig) -> Iterator[None]:
 
 
 def check_room(config: ClusterConfig) -> None:
-    """Refuse a cluster that cannot hold all workers: those without a place would wait for ever.
-
-    Raises ConfigError.
+    """Refuse a cluster that cannot hold all workers: those without a place would wait for ever. One that grows by
+    itself is believed to. Raises ConfigError.
     """
     import ray
 
+    if config.autoscaling:
+        return
     have = ray.cluster_resources()
     for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
         if config.workers * each > have.get(resource, 0):
             raise ConfigError(
                 f"cluster.workers × cluster.{resource.lower()}s_per_worker = {config.workers * each:g}, but the "
-                f"cluster has {have.get(resource, 0):g} {resource}s: lower one of them, or join a larger cluster"
+                f"cluster has {have.get(resource, 0):g} {resource}s: lower one of them, join a larger cluster, or say "
+                "cluster.autoscaling=true if it grows by itself"
             )
 
 

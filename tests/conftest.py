@@ -1,6 +1,5 @@
 """Small real inputs that the tests share: a corpus, a tokenizer, a teacher, the stores made from them."""
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,17 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two cores are shared by several processes
 
-from tests.toy import END, WINDOW, in_process_workers, make_teacher, run_decant, write_yaml
+from tests.toy import (
+    in_process_workers,
+    make_cache_config,
+    make_corpus,
+    make_long,
+    make_teacher,
+    make_tokenizer,
+    run_decant,
+    shard_bytes,
+    write_yaml,
+)
 
 
 @pytest.fixture(scope="session")
@@ -23,42 +32,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def corpus(shared: Path) -> Path:
     """Some modules of the standard library, one per line."""
-    folder = Path(json.__file__).parents[1]
-    names = [
-        "json/decoder",
-        "json/encoder",
-        "bisect",
-        "heapq",
-        "queue",
-        "sched",
-        "shelve",
-        "stat",
-        "struct",
-        "tabnanny",
-    ]
-    names += ["textwrap", "this", "timeit", "token", "types", "wave", "copy", "glob", "graphlib", "keyword"]
-    path = shared / "corpus.jsonl"
-    texts = [(folder / f"{name}.py").read_text(encoding="utf-8")[:6000] for name in names]
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return path
+    return make_corpus(shared / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")
 def tokenizer(shared: Path, corpus: Path) -> Path:
     """A byte-level BPE tokenizer of 400 tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-    )
-    bpe.train_from_iterator([json.loads(line)["text"] for line in corpus.read_text().splitlines()], trainer)
-    folder = shared / "tokenizer"
-    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
-    return folder
+    return make_tokenizer(shared / "tokenizer", corpus)
 
 
 @pytest.fixture(scope="session")
@@ -70,20 +50,7 @@ def teacher(shared: Path, tokenizer: Path) -> Path:
 @pytest.fixture(scope="session")
 def cache_config(shared: Path, corpus: Path, tokenizer: Path, teacher: Path) -> dict[str, Any]:
     """The config of the shared stores, as a dictionary that tests copy and change."""
-    return {
-        "tokens": {
-            "path": str(shared / "tokens"),
-            "source": {"files": [str(corpus)]},
-            "tokenizer": str(tokenizer),
-            "window": WINDOW,
-            "num_shards": 8,
-            "held_out": 0.2,
-        },
-        "teacher": {"model": str(teacher), "dtype": "float32", "batch_tokens": 2048},
-        "targets": {"k": 16, "temperatures": [2.0]},
-        "store": {"path": str(shared / "store")},
-        "cluster": {"workers": 2},
-    }
+    return make_cache_config(shared, corpus, tokenizer, teacher)
 
 
 @pytest.fixture(scope="session")
@@ -119,3 +86,12 @@ def make_store(cache_config: dict[str, Any], tokens: Any, shared: Path) -> Calla
             return cache(parse_config(CacheConfig, raw, name))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
+    """A cache config that takes some ten seconds, and the shards of an undisturbed run."""
+    path = write_yaml(shared / "long.yaml", make_long(cache_config, shared))
+    run_decant("tokenize", str(path))
+    run_decant("cache", str(path))
+    return path, shard_bytes(shared / "long-quiet")

@@ -1,5 +1,6 @@
 """What tests build their small real inputs with."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 DECANT = str(Path(sys.executable).parent / "decant")
+LIBRARY = Path(json.__file__).parents[1]
 WINDOW = 48
 END = "<|endoftext|>"
 
@@ -25,9 +27,70 @@ def run_decant(*arguments: str, check: bool = True, **options: Any) -> "subproce
     return done
 
 
+def shard_bytes(folder: str | Path) -> dict[str, bytes]:
+    """Every file of a store by name, but for the header: it carries who made it, and where."""
+    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name == "shards"]
+    return {path.name: path.read_bytes() for path in files}
+
+
 def write_yaml(path: Path, config: dict[str, Any]) -> Path:
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+def make_corpus(path: Path) -> Path:
+    """Some modules of the standard library, one per line."""
+    names = "json/decoder json/encoder bisect heapq queue sched shelve stat struct tabnanny textwrap this timeit token"
+    names += " types wave copy glob graphlib keyword"
+    texts = [(LIBRARY / f"{name}.py").read_text(encoding="utf-8")[:6000] for name in names.split()]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def make_tokenizer(folder: Path, corpus: Path) -> Path:
+    """A byte-level BPE tokenizer of 400 tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator([json.loads(line)["text"] for line in corpus.read_text().splitlines()], trainer)
+    PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token=END, pad_token=END).save_pretrained(folder)
+    return folder
+
+
+def make_cache_config(folder: Path, corpus: Path, tokenizer: Path, teacher: Path) -> dict[str, Any]:
+    """The config of small stores in the folder, as a dictionary that tests copy and change."""
+    return {
+        "tokens": {
+            "path": str(folder / "tokens"),
+            "source": {"files": [str(corpus)]},
+            "tokenizer": str(tokenizer),
+            "window": WINDOW,
+            "num_shards": 8,
+            "held_out": 0.2,
+        },
+        "teacher": {"model": str(teacher), "dtype": "float32", "batch_tokens": 2048},
+        "targets": {"k": 16, "temperatures": [2.0]},
+        "store": {"path": str(folder / "store")},
+        "cluster": {"workers": 2},
+    }
+
+
+def make_long(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The config of a store that takes some ten seconds to make, one row per batch; its corpus is written."""
+    texts = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob("[a-d]*.py"))]
+    corpus = folder / "long.jsonl"
+    corpus.write_text("".join(json.dumps({"text": text[:30_000]}) + "\n" for text in texts))
+    long: dict[str, Any] = json.loads(json.dumps(config))
+    long["tokens"] |= {"path": str(folder / "long-tokens"), "source": {"files": [str(corpus)]}, "num_shards": 12}
+    long["teacher"]["batch_tokens"] = 1
+    long["store"]["path"] = str(folder / "long-quiet")
+    return long
 
 
 def make_teacher(folder: Path, tokenizer: Path, vocab_size: int = 416, context: int = 64, seed: int = 0) -> Path:

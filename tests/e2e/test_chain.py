@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from logit_store import LogitStore, TokenStore
-from tests.toy import DECANT, ROOT, run_decant, write_yaml
+from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
 
 STUDENT = {
     "config": {
@@ -30,12 +30,6 @@ STUDENT = {
         "max_position_embeddings": 64,
     }
 }
-
-
-def shard_bytes(folder: str | Path) -> dict[str, bytes]:
-    """Every file of a store by name, but for the header: it carries who made it, and where."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name == "shards"]
-    return {path.name: path.read_bytes() for path in files}
 
 
 class Started:
@@ -99,29 +93,6 @@ def test_inspect_says_what_is_in_it(store: Any) -> None:
     assert (shown["k"], shown["vocabulary_size"], shown["tail"]) == (16, 400, "exact")
     assert len(shown["labels_id"]) == len(shown["text_id"]) == 64
     assert "labels_id" in run_decant("inspect", store.storage.root).stdout
-
-
-@pytest.fixture(scope="module")
-def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A cache config that takes some ten seconds (one row per batch), and the shards of an undisturbed run."""
-    from cluster.config import CacheConfig
-    from cluster.tokenize import tokenize_shard
-    from logit_store.config import parse_config
-
-    library = Path(json.__file__).parents[1]
-    texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-d]*.py"))]
-    corpus = shared / "long.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text[:30_000]}) + "\n" for text in texts))
-    raw = json.loads(json.dumps(cache_config))
-    raw["tokens"] |= {"path": str(shared / "long-tokens"), "source": {"files": [str(corpus)]}, "num_shards": 12}
-    raw["teacher"]["batch_tokens"] = 1
-    raw["store"]["path"] = str(shared / "long-quiet")
-    assert callable(tokenize_shard)
-    assert parse_config(CacheConfig, raw, "long")
-    path = write_yaml(shared / "long.yaml", raw)
-    run_decant("tokenize", str(path))
-    run_decant("cache", str(path))
-    return path, shard_bytes(shared / "long-quiet")
 
 
 def worker_pids() -> list[int]:

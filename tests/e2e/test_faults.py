@@ -1,0 +1,128 @@
+"""What kills workers kills no job: real actors, on one local cluster for this file."""
+
+import json
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import decant
+from cluster import ray_cluster
+from cluster.cache import cache
+from cluster.config import CacheConfig, ClusterConfig
+from cluster.status import read
+from cluster.tokenize import load_tokenizer
+from cluster.worker import TeacherWorker
+from logit_store import LogitStore, Storage, TokenRow, TokenStore, writer
+from logit_store.config import parse_config
+from logit_store.errors import StoreError, TeacherError
+from tests import faulty
+from tests.faulty import DEADLY, NOT_A_NUMBER
+
+DEADLY_ROW, NAN_ROW = 13, 30
+
+
+@pytest.fixture(scope="module")
+def local_cluster() -> Iterator[None]:
+    """Every `cache` of this file runs on one cluster."""
+    with ray_cluster.session(ClusterConfig()), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ray_cluster, "session", lambda _config: nullcontext())
+        yield
+
+
+@pytest.fixture(scope="module")
+def poisoned_tokens(tokens: TokenStore, shared: Path, tokenizer: Path) -> TokenStore:
+    """Four shards of twelve rows, of which one kills and another gives NaN."""
+    header = {field: tokens.manifest[field] for field in (
+        "kind", "corpus", "tokenizer", "tokenizer_name", "vocabulary_size", "window", "held_out", "columns",
+        "num_documents",
+    )}  # fmt: skip
+    storage, header = Storage(str(shared / "poisoned-tokens")), header | {"num_shards": 4}
+    begun = writer.begin(storage, header, ["kind"])
+    rows = [tokens[i] for i in range(48)]
+    for number, token in ((DEADLY_ROW, DEADLY), (NAN_ROW, NOT_A_NUMBER)):
+        ids = np.concatenate([[token, token], rows[number].input_ids_T[2:]]).astype(np.int32)
+        rows[number] = TokenRow(rows[number].document, "train", ids)
+    for shard in range(4):
+        writer.commit_tokens(storage, shard, rows[12 * shard : 12 * shard + 12], begun)
+    writer.finish(storage, begun, tokens.files())
+    assert load_tokenizer(str(tokenizer), None)
+    return TokenStore.open(storage.url)
+
+
+@pytest.fixture
+def config(cache_config: dict[str, Any], poisoned_tokens: TokenStore, tmp_path: Path) -> CacheConfig:
+    raw = json.loads(json.dumps(cache_config))
+    raw["tokens"]["path"] = poisoned_tokens.storage.url
+    raw["store"]["path"] = str(tmp_path / "store")
+    raw["cluster"] |= {"retry_delay_s": 0.1}
+    return parse_config(CacheConfig, raw, "faults")
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_rows_that_kill_are_left_out_and_everything_else_is_made(config: CacheConfig, capsys: Any) -> None:
+    store = cache(config, faulty.FaultyWorker)
+    assert set(store.left_out) == {DEADLY_ROW, NAN_ROW}
+    assert "process has died" in store.left_out[DEADLY_ROW]
+    assert "NaN" in store.left_out[NAN_ROW]
+    assert decant.main(["verify", store.storage.url]) == 0
+    for row in range(48):
+        labelled = store[row]
+        np.testing.assert_array_equal(labelled.tokens.input_ids_T, TokenStore.open(config.tokens.path)[row].input_ids_T)
+        assert (labelled.targets.head_counts_P == (0 if row in store.left_out else 16)).all()
+    assert not set(store.left_out) & {*store.rows("train").tolist(), *store.rows("held_out").tolist()}
+    found = read(store.storage.url)
+    assert (found["state"], found["shards_done"], len(found["left_out"])) == ("finished", 4, 2)
+    assert found["retries"]["worker_died"] >= 10
+    log = [json.loads(line) for line in Path(f"{store.storage.url}.job/{found['log']}.jsonl").read_text().splitlines()]
+    assert {"begun", "started", "died", "probed", "left_out", "done", "finished"} <= {line["event"] for line in log}
+    capsys.readouterr()
+    assert decant.main(["status", store.storage.url]) == 0
+    assert "4 of 4 (100.0%)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_the_command_says_3_where_rows_are_left_out(
+    config: CacheConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """And again 3 where the same command finds the store finished."""
+    from tests.toy import write_yaml
+
+    monkeypatch.setattr("cluster.cache.TeacherWorker", faulty.FaultyWorker)
+    monkeypatch.setattr("cluster.cache.cache.__defaults__", (faulty.FaultyWorker,))
+    path = write_yaml(tmp_path / "config.yaml", config.model_dump())
+    for _ in range(2):
+        assert decant.main(["cache", str(path)]) == 3
+        assert "2 rows have no labels" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_a_machine_that_cannot_score_ends_the_job(config: CacheConfig) -> None:
+    cluster = config.cluster.model_copy(update={"max_attempts": 2})
+    with pytest.raises(TeacherError, match=r"4 failures in a row.*worker process has died"):
+        cache(config.model_copy(update={"cluster": cluster}), faulty.BrokenWorker)
+    assert read(config.store.path)["state"] == "failed"
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_storage_that_fails_one_call_in_four(config: CacheConfig, tmp_path: Path, tokens: TokenStore) -> None:
+    raw = config.model_dump() | {"store": {"path": f"flaky://{tmp_path}/remote"}}
+    raw["tokens"] |= {"path": tokens.storage.url}
+    remote = cache(parse_config(CacheConfig, raw, "flaky"), faulty.FlakyStorageWorker)
+    assert len(remote) == len(tokens)
+    assert decant.main(["verify", f"{tmp_path}/remote"]) == 0
+    raw["store"] = {"path": str(tmp_path / "quiet")}
+    quiet = cache(parse_config(CacheConfig, raw, "quiet"), TeacherWorker)
+    for shard in range(len(quiet.shards)):
+        name = quiet.shard_name(shard)
+        assert quiet.storage.read(name) == Storage(f"{tmp_path}/remote").read(name)
+
+
+def test_storage_that_is_down_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("logit_store.storage.RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(faulty.FlakyFileSystem, "_fail", lambda _self: (_ for _ in ()).throw(TimeoutError()))
+    with pytest.raises(StoreError, match=r"storage fails \(TimeoutError\), 3 times in a row"):
+        LogitStore.open("flaky:///nowhere")

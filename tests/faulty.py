@@ -1,0 +1,104 @@
+"""Workers and storage that fail on purpose, importable by Ray's processes."""
+
+import errno
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from cluster.worker import TeacherWorker
+from logit_store import Targets
+from logit_store.errors import TeacherError
+
+DEADLY, NOT_A_NUMBER = 200, 201
+"""Ids that no ordinary row begins with twice: a row that begins with two of them kills, or gives NaN."""
+
+
+class FaultyTeacher:
+    """A real teacher, but for rows that begin with two deadly ids."""
+
+    def __init__(self, teacher: Any) -> None:
+        self.teacher = teacher
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.teacher, name)
+
+    def score(self, rows: list[np.ndarray], numbers: list[int]) -> list[Targets]:
+        for row in rows:
+            if row[:2].tolist() == [DEADLY, DEADLY]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row[:2].tolist() == [NOT_A_NUMBER, NOT_A_NUMBER]:
+                raise TeacherError("the teacher's logits hold NaN or infinity")
+        return self.teacher.score(rows, numbers)
+
+
+class FaultyWorker(TeacherWorker):
+    """A worker with such a teacher."""
+
+    def load_teacher(self) -> Any:
+        return FaultyTeacher(super().load_teacher())
+
+
+class BrokenWorker(TeacherWorker):
+    """A worker on a machine that cannot score anything."""
+
+    def load_teacher(self) -> Any:
+        teacher: Any = super().load_teacher()
+        teacher.score = lambda *_: os._exit(1)
+        return teacher
+
+
+class FlakyFileSystem(DirFileSystem):
+    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in four.
+
+    Errors, time-outs, and the worst: a write that was carried out, and said to have failed.
+    """
+
+    protocol = "flaky"
+    cachable = False
+
+    def __init__(self, **_options: Any) -> None:
+        super().__init__(path="/", fs=LocalFileSystem())
+        self._random = np.random.default_rng()
+        self._lock = threading.Lock()
+
+    def _fail(self) -> None:
+        with self._lock:
+            drawn = self._random.random()
+        if drawn < 0.125:
+            raise TimeoutError("the object store did not answer")
+        if drawn < 0.25:
+            raise OSError(errno.EIO, "503 Slow Down")
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_options: Any) -> None:
+        self._fail()
+        target = Path("/" + path.lstrip("/"))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(target, "xb" if mode == "create" else "wb") as file:
+            file.write(value)
+        self._fail()
+
+    def cat_file(self, path: str, start: int | None = None, end: int | None = None, **options: Any) -> bytes:
+        self._fail()
+        return bytes(super().cat_file(path, start, end, **options))
+
+    def exists(self, path: str, **options: Any) -> bool:
+        self._fail()
+        return bool(super().exists(path, **options))
+
+    def ls(self, path: str, detail: bool = True, **options: Any) -> Any:
+        self._fail()
+        return super().ls(path, detail, **options)
+
+
+class FlakyStorageWorker(TeacherWorker):
+    """A worker that knows the flaky file system."""
+
+
+fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)
