@@ -171,6 +171,9 @@ class ClusterConfig(Config):
     """GPUs of a worker. At 0 the transformers backend scores on the CPU, whatever the machine has."""
     resources_per_worker: dict[str, float] = {}
     """Ray's custom resources that a worker needs, as `{"accelerator_type:H100": 0.001}`."""
+    multi_node_workers: bool = False
+    """Whether a worker's GPUs may be on several nodes, as a model needs that is larger than one: they are reserved as a
+    placement group, a GPU and `cpus_per_worker` cores at a time, and vLLM starts its processes in it."""
     autoscaling: bool = False
     """Whether the cluster grows: a cluster that has no room for all workers now is then no error."""
     max_attempts: int = Field(8, ge=1)
@@ -191,3 +194,15 @@ class CacheConfig(Config):
     targets: TargetsConfig = TargetsConfig()
     store: StoreConfig
     cluster: ClusterConfig = ClusterConfig()
+
+    @model_validator(mode="after")
+    def _workers_have_the_gpus(self) -> Self:
+        wanted, have = self.teacher.num_gpus, self.cluster.gpus_per_worker
+        if wanted > 1 and have not in (0, wanted):
+            raise ValueError(
+                f"teacher.tensor_parallel × teacher.pipeline_parallel = {wanted}, but cluster.gpus_per_worker = "
+                f"{have:g}: set it to {wanted}"
+            )
+        if self.cluster.multi_node_workers and (self.teacher.backend != "vllm" or not have):
+            raise ValueError("cluster.multi_node_workers is for teacher.backend=vllm with cluster.gpus_per_worker > 0")
+        return self

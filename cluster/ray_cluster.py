@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from cluster.config import ClusterConfig
 from cluster.schedule import IN_FLIGHT, Cause
@@ -103,24 +103,35 @@ class WorkerDied(Exception):  # noqa: N818  (an event that is dealt with, not an
         self.cause, self.reason = cause, reason
 
 
-def start_worker(config: ClusterConfig, worker: type, arguments: tuple[Any, ...]) -> Any:
+class Worker(NamedTuple):
+    """A running actor."""
+
+    actor: Any
+    placement_group: Any = None
+    """What it and its engine's processes live in, where that is more than one node."""
+
+
+def start_worker(config: ClusterConfig, worker: type, arguments: tuple[Any, ...]) -> Worker:
     """A new actor of class ``worker``. It is never started again by Ray: who died, and of what, is ours to know."""
     import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    options = {
-        "num_cpus": config.cpus_per_worker,
-        "num_gpus": config.gpus_per_worker,
-        "resources": config.resources_per_worker,
-        "max_concurrency": IN_FLIGHT,
-        "max_restarts": 0,
-        "max_task_retries": 0,
-    }
-    return ray.remote(worker).options(**options).remote(*arguments)
+    needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources_per_worker}
+    options: dict[str, Any] = {"max_concurrency": IN_FLIGHT, "max_restarts": 0, "max_task_retries": 0}
+    if not config.multi_node_workers:
+        options |= {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU"), "resources": needs}
+        return Worker(ray.remote(worker).options(**options).remote(*arguments))
+    # A bundle of one GPU for each process that the engine starts; near each other, if possible.
+    group = ray.util.placement_group([{**needs, "GPU": 1.0}] * int(config.gpus_per_worker), strategy="PACK")
+    options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+        group, 0, placement_group_capture_child_tasks=True
+    )
+    return Worker(ray.remote(worker).options(num_cpus=0, num_gpus=0, **options).remote(*arguments), group)
 
 
-def call(worker: Any, method: str, *arguments: Any) -> Any:
+def call(worker: Worker, method: str, *arguments: Any) -> Any:
     """Begin a call of a worker's method; see ``wait`` and ``result``."""
-    return getattr(worker, method).remote(*arguments)
+    return getattr(worker.actor, method).remote(*arguments)
 
 
 def wait(calls: list[Any], timeout_s: float) -> list[Any]:
@@ -153,13 +164,15 @@ def result(call: Any) -> Any:
         raise WorkerDied(_cause_of_death(error), _first_line(error)) from error
 
 
-def stop_worker(worker: Any, gently: bool) -> None:
+def stop_worker(worker: Worker, gently: bool) -> None:
     """End an actor; ``gently`` gives it some seconds to end its engine."""
     import ray
 
     if gently:
-        ray.wait([worker.stop.remote()], timeout=STOP_S)
-    ray.kill(worker)
+        ray.wait([worker.actor.stop.remote()], timeout=STOP_S)
+    ray.kill(worker.actor)
+    if worker.placement_group is not None:
+        ray.util.remove_placement_group(worker.placement_group)
 
 
 def meter(kind: str, name: str, description: str, tags: tuple[str, ...]) -> Any:

@@ -4,14 +4,15 @@ import os
 import socket
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cluster.config import CacheConfig
 from cluster.phases import Phases
 from cluster.schedule import Task
-from cluster.targets import Selector
-from cluster.teacher import Teacher, build_teacher
 from logit_store import LogitRow, Storage, Targets, TokenRow, TokenStore, writer
+
+if TYPE_CHECKING:
+    from cluster.teacher import Teacher
 
 
 class TeacherWorker:
@@ -27,17 +28,20 @@ class TeacherWorker:
 
     def start(self) -> dict[str, Any]:
         """Load the teacher; say where. Not the constructor's work: an actor that fails there has no last words."""
-        if not self.config.cluster.gpus_per_worker:
-            import torch
-
-            torch.set_num_threads(self.config.cluster.cpus_per_worker)
         self.tokens = TokenStore.open(self.config.tokens.path)
         self.teacher = self.load_teacher()
         self._idle_since = time.perf_counter()
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def load_teacher(self) -> Teacher:
+    def load_teacher(self) -> "Teacher":
         """The configured teacher."""
+        import torch
+
+        from cluster.targets import Selector
+        from cluster.teacher import build_teacher
+
+        if not self.config.cluster.gpus_per_worker:
+            torch.set_num_threads(self.config.cluster.cpus_per_worker)
         selector = Selector(self.config.targets, self.header["vocabulary_size"], self.header["labels_id"])
         longest, on_gpu = int(self.tokens.lengths_N.max()), self.config.cluster.gpus_per_worker > 0
         return build_teacher(self.config.teacher, selector, longest, on_gpu)
