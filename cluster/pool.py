@@ -70,9 +70,10 @@ class Pool:
                     self._feed(slot, now)
                 yield from self._collect(now)
         finally:
-            for slot in self._slots:
-                if slot.worker is not None:
-                    ray_cluster.stop_worker(slot.worker, gently=slot.is_ready and not slot.tasks)
+            alive = [slot for slot in self._slots if slot.worker is not None]
+            idle = [slot for slot in alive if slot.is_ready and not slot.tasks]
+            ray_cluster.stop_workers([slot.worker for slot in alive if slot not in idle], gently=False)
+            ray_cluster.stop_workers([slot.worker for slot in idle], gently=True)
 
     def _fill(self, slot: _Slot, now: float) -> None:
         """Start a worker in an empty place, if there is something left for it."""
@@ -162,7 +163,7 @@ class Pool:
 
     def _empty(self, slot: _Slot) -> None:
         """End the worker for certain: one that only seems dead must not go on beside its successor."""
-        ray_cluster.stop_worker(slot.worker, gently=False)
+        ray_cluster.stop_workers([slot.worker], gently=False)
         slot.worker, slot.starting, slot.tasks = None, None, {}
 
 

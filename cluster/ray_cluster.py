@@ -123,10 +123,9 @@ def start_worker(config: ClusterConfig, worker: type, arguments: tuple[Any, ...]
         return Worker(ray.remote(worker).options(**options).remote(*arguments))
     # A bundle of one GPU for each process that the engine starts; near each other, if possible.
     group = ray.util.placement_group([{**needs, "GPU": 1.0}] * int(config.gpus_per_worker), strategy="PACK")
-    options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
-        group, 0, placement_group_capture_child_tasks=True
-    )
-    return Worker(ray.remote(worker).options(num_cpus=0, num_gpus=0, **options).remote(*arguments), group)
+    inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
+    options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": inside}
+    return Worker(ray.remote(worker).options(**options).remote(*arguments), group)
 
 
 def call(worker: Worker, method: str, *arguments: Any) -> Any:
@@ -164,15 +163,16 @@ def result(call: Any) -> Any:
         raise WorkerDied(_cause_of_death(error), _first_line(error)) from error
 
 
-def stop_worker(worker: Worker, gently: bool) -> None:
-    """End an actor; ``gently`` gives it some seconds to end its engine."""
+def stop_workers(workers: list[Worker], gently: bool) -> None:
+    """End actors; ``gently`` gives idle ones some seconds to end their engines."""
     import ray
 
-    if gently:
-        ray.wait([worker.actor.stop.remote()], timeout=STOP_S)
-    ray.kill(worker.actor)
-    if worker.placement_group is not None:
-        ray.util.remove_placement_group(worker.placement_group)
+    if gently and workers:
+        ray.wait([worker.actor.stop.remote() for worker in workers], num_returns=len(workers), timeout=STOP_S)
+    for worker in workers:
+        ray.kill(worker.actor)
+        if worker.placement_group is not None:
+            ray.util.remove_placement_group(worker.placement_group)
 
 
 def meter(kind: str, name: str, description: str, tags: tuple[str, ...]) -> Any:

@@ -146,5 +146,5 @@ def in_process_workers() -> Any:
         call=call,
         wait=lambda calls, _timeout_s: calls,
         result=lambda future: future.result(),
-        stop_worker=mock.Mock(),
+        stop_workers=mock.Mock(),
     )

@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from cluster import cache as cache_module
-from cluster.account import Account
+from cluster.cache import cache
 from cluster.config import CacheConfig
+from cluster.journal import read_status
 from cluster.phases import Phases
 from cluster.schedule import Limits, Schedule
 from cluster.worker import TeacherWorker
@@ -63,7 +63,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="plan") as name:
         plan_s, plan_mib = plan(Path(name), 1_000_000)
     print(
-        f"{arguments.workers} workers, {arguments.shards} shards of a second: {busy:.1%} of their time asleep, {seconds:.0f} s"
+        f"{arguments.workers} workers, {arguments.shards} shards of a second: {busy:.1%} asleep, {seconds:.0f} s in all"
     )
     print(f"a million shards, half of them committed, planned in {plan_s:.1f} s and {plan_mib:.0f} MiB")
     fields = {"workers": arguments.workers, "shards": arguments.shards, "busy_share": round(busy, 4)}
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def keep_busy(folder: Path, workers: int, shards: int) -> tuple[float, float]:
-    """Share of the workers' time, from when each was ready to the end, in which their teachers slept; seconds of all."""
+    """Share of the workers' time, from when each was ready to the end, in which teachers slept; seconds of all."""
     corpus = make_corpus(folder / "corpus.jsonl")
     tokenizer = make_tokenizer(folder / "tokenizer", corpus)
     raw = make_cache_config(folder, corpus, tokenizer, make_teacher(folder / "teacher", tokenizer))
@@ -84,14 +84,12 @@ def keep_busy(folder: Path, workers: int, shards: int) -> tuple[float, float]:
     raw["cluster"] = {"workers": workers, "cpus_per_worker": 1}
     config = parse_config(CacheConfig, raw, "bench")
     make_tokens(config, shards, str(tokenizer))
-    accounts: list[Account] = []
-    shown = cache_module.print_account
-    cache_module.print_account = lambda account, price: (accounts.append(account), shown(account, price))[1]
     os.environ["RAY_OVERRIDE_RESOURCES"] = f'{{"CPU": {workers}}}'
     started = time.monotonic()
-    cache_module.cache(config, SleepingWorker)
-    (account,) = accounts
-    return account.seconds["forward"] / account.worker_seconds, time.monotonic() - started
+    cache(config, SleepingWorker)
+    status = read_status(config.store.path)
+    assert status is not None
+    return status["phases"]["forward"] / status["worker_seconds"], time.monotonic() - started
 
 
 def make_tokens(config: CacheConfig, shards: int, tokenizer: str) -> None:
