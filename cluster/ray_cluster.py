@@ -81,7 +81,7 @@ def _only_ours() -> Iterator[str]:
 
 def _set_environment(variables: Mapping[str, str | None]) -> None:
     """Set (None: remove) variables of authentication, and have Ray read them again: it did so when it was imported."""
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
 
     for name, value in variables.items():
         os.environ.pop(name, None)

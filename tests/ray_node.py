@@ -29,6 +29,7 @@ def token_environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_health_check_initial_delay_ms": "1000",
         "RAY_health_check_period_ms": "500",
+        "RAY_health_check_timeout_ms": "1000",
         "RAY_health_check_failure_threshold": "4",
     }
 

@@ -339,7 +339,7 @@ def test_the_jobs_entry_point_is_what_our_command_line_takes() -> None:
 # --- Every command that containers run, or that docker/ and configs/ tell a reader to type
 
 PLACEHOLDERS = {"CONFIG", "OVERRIDES"}
-FOREIGN = {"aws", "grafana", "kubectl", "pip", "tar"}
+FOREIGN = {"aws", "cp", "grafana", "kubectl", "tar"}
 """Programs of others, in a reader's hands or in every base image."""
 
 
@@ -404,7 +404,7 @@ def check_ours(program: list[str], words: list[str]) -> None:
 
 def check_ray(words: list[str]) -> None:
     own, _, inner = (words, "", []) if "--" not in words else split_at(words, "--")
-    verbs = own[:3] if own[1] == "job" else own[:2]
+    verbs = own[:3] if own[1] in ("job", "metrics") else own[:2]
     check_options(own[len(verbs) :], help_of(*verbs))
     if inner:
         check(inner)

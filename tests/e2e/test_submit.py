@@ -83,6 +83,12 @@ def test_joining_by_address_does_the_same(store: Any, shared: Path, head: dict[s
     assert shard_files(folder) == shard_files(store.storage.root)
 
 
+def test_an_entry_point_may_be_two_commands(head: dict[str, str]) -> None:
+    done = submit(head, "sh", "-c", "echo first step && echo second step")  # as in docker/rayjob.yaml
+    assert done.returncode == 0, done.stderr
+    assert {"first step", "second step"} <= set(done.stdout.splitlines())
+
+
 # Refused
 
 WITHOUT_TOKEN = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": ""}

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+import decant
+from cluster.submit import CREDENTIALS
 from tests.toy import ROOT, run_decant, write_yaml
 
 SESSION = """
@@ -114,6 +116,10 @@ def test_a_local_cluster_lets_its_own_token_in(local_cluster: tuple[int, str]) -
     done = run_python(JOIN, address, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **variables)
     assert done.returncode == 0, done.stderr
     assert "CPU" in done.stdout
+    folder = next(word for word in Path(f"/proc/{raylet}/cmdline").read_text().split("\0") if "--session_dir=" in word)
+    logs = [path for path in Path(folder.partition("=")[2]).rglob("*") if path.is_file()]
+    assert any(path.name.startswith("raylet") for path in logs)
+    assert not [path for path in logs if variables["RAY_AUTH_TOKEN"].encode() in path.read_bytes()]
 
 
 def test_sessions_of_one_process_do_not_hinder_each_other() -> None:
@@ -144,14 +150,33 @@ def test_no_secret_of_the_environment_is_written_down(
     cache_config: dict[str, Any], tokens: Any, tmp_path: Path
 ) -> None:
     raw = json.loads(json.dumps(cache_config))
-    raw["tokens"]["path"], raw["store"]["path"] = str(tmp_path / "tokens"), str(tmp_path / "store")
-    config = str(write_yaml(tmp_path / "cache.yaml", raw))
-    written = b""
-    for verb in ("tokenize", "cache"):
-        done = run_decant(verb, config, env={**os.environ, **PLANTED})
-        written += (done.stdout + done.stderr).encode()
+    raw["store"]["path"] = str(tmp_path / "store")
+    done = run_decant("cache", str(write_yaml(tmp_path / "cache.yaml", raw)), env={**os.environ, **PLANTED})
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.name == "manifest.json" for path in files)
-    written += b"".join(path.read_bytes() for path in files)
+    written = (done.stdout + done.stderr).encode() + b"".join(path.read_bytes() for path in files)
     for name, secret in PLANTED.items():
         assert secret.encode() not in written, name
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("store.path=s3://AKIA:plantedkey@bucket/store", "store.path"),
+        ("tokens.path=simplecache::s3://:plantedkey@bucket/tokens", "tokens.path"),
+        ("teacher.model=https://user:plantedkey@host/model", "teacher.model"),
+        ("tokens.source.files=[https://host/c.jsonl?X-Amz-Signature=plantedkey]", "tokens.source.files"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["tokenize", "cache"])
+def test_a_url_with_credentials_is_refused_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], shared: Path, tokens: Any, verb: str, override: str, key: str
+) -> None:
+    assert decant.main([verb, str(shared / "cache.yaml"), override]) == 2
+    shown = capsys.readouterr()
+    assert f"decant {verb}: error: {key} is a URL with credentials" in shown.err
+    assert "plantedkey" not in shown.err + shown.out
+
+
+def test_a_url_with_a_user_alone_is_fine() -> None:
+    assert not CREDENTIALS.search("abfs://container@account.dfs.core.windows.net/store?versionId=3")
