@@ -167,11 +167,6 @@ def _check_answers(address: str) -> None:
 
     Ray itself would try for minutes, and then not say why. Raises ConfigError.
     """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    is_client = address.startswith("ray://")
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # `auto` and the like, which Ray resolves by itself
@@ -179,16 +174,25 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster answers at {address!r}: {error}") from error
-    if is_client:
-        return  # another protocol, whose server refuses by itself
-    with init_grpc_channel(f"{host}:{port}") as channel:
+    if not address.startswith("ray://"):  # that is another protocol
+        _check_token(address)
+
+
+def _check_token(address: str) -> None:
+    """Ask the cluster's books whether they are there. Raises ConfigError: they refuse our token, or are none."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    remedy = "export RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+    with init_grpc_channel(address) as channel:
         stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
         try:
             stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=10)
+        except AuthenticationError as error:
+            raise ConfigError(f"{error.message.rstrip('.')}: {remedy}") from error
         except grpc.RpcError as error:
             if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-                raise ConfigError(
-                    f"the Ray cluster at {address!r} refuses our token: export RAY_AUTH_MODE=token and its "
-                    "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
-                ) from error
+                raise ConfigError(f"the Ray cluster at {address!r} refuses our token: {remedy}") from error
             raise ConfigError(f"what listens at {address!r} is no Ray cluster: {error.details()}") from error

@@ -30,6 +30,11 @@ def write_yaml(path: Path, config: dict[str, Any]) -> Path:
     return path
 
 
+def shard_bytes(folder: str | Path) -> dict[str, bytes]:
+    """A store's shards and their commit records by name. Its header is not among them: it says who made it, and where."""
+    return {path.name: path.read_bytes() for path in (Path(folder) / "shards").iterdir()}
+
+
 def make_teacher(folder: Path, tokenizer: Path, vocab_size: int = 416, context: int = 64, seed: int = 0) -> Path:
     """A random model whose head is scaled up, so that its distributions have peaks and tails as real ones do."""
     import torch

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from logit_store import LogitStore, TokenStore
-from tests.toy import DECANT, ROOT, run_decant, write_yaml
+from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
 
 STUDENT = {
     "config": {
@@ -30,12 +30,6 @@ STUDENT = {
         "max_position_embeddings": 64,
     }
 }
-
-
-def shard_bytes(folder: str | Path) -> dict[str, bytes]:
-    """Every file of a store by name, but for the header: it carries who made it, and where."""
-    files = [path for path in Path(folder).rglob("*") if path.is_file() and path.parent.name == "shards"]
-    return {path.name: path.read_bytes() for path in files}
 
 
 class Started:

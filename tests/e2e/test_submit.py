@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.ray_node import RAY, ray_node, token_environment
-from tests.toy import ROOT, run_decant
+from tests.toy import ROOT, run_decant, shard_bytes
 from training.engine import free_port
 
 OTHER_TOKEN = "ab" * 32
@@ -48,10 +48,6 @@ def submit(
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
-def shard_files(folder: str | Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (Path(folder) / "shards").iterdir()}
-
-
 def our_lines(stderr: str) -> list[str]:
     return [line for line in stderr.splitlines() if line.startswith("decant ")]
 
@@ -63,7 +59,7 @@ def test_a_submitted_job_does_the_same_and_its_resubmission_nothing(
     job = [sys.executable, "-m", "cluster", "cache", str(shared / "cache.yaml"), f"store.path={folder}"]
     done = submit(head, *job)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert shard_files(folder) == shard_files(store.storage.root)
+    assert shard_bytes(folder) == shard_bytes(store.storage.root)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     again = submit(head, *job)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -80,7 +76,7 @@ def test_a_job_that_is_refused_fails_with_our_line(shared: Path, tokens: Any, he
 def test_joining_by_address_does_the_same(store: Any, shared: Path, head: dict[str, str]) -> None:
     folder = shared / "joined"
     run_decant("cache", str(shared / "cache.yaml"), f"store.path={folder}", "--address", head["GCS"], env=head)
-    assert shard_files(folder) == shard_files(store.storage.root)
+    assert shard_bytes(folder) == shard_bytes(store.storage.root)
 
 
 def test_an_entry_point_may_be_two_commands(head: dict[str, str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from logit_store import LogitStore
 from tests.namespaces import Namespace, namespaces, needs_root
 from tests.ray_node import ray_node, token_environment, wait_until
-from tests.toy import DECANT, ROOT, run_decant, write_yaml
+from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
 
 PORT = 6379
 NUM_SHARDS = 16
@@ -27,10 +27,6 @@ tasks = list_tasks(filters=[("type", "=", "ACTOR_TASK"), ("state", "=", "FINISHE
 scored = [task for task in tasks if task.func_or_class_name.startswith("TeacherWorker.")]
 print(json.dumps(collections.Counter(address[task.node_id] for task in scored)))
 """
-
-
-def shard_files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +46,7 @@ def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[s
     path = write_yaml(shared / "nodes.yaml", raw)
     run_decant("tokenize", str(path))
     run_decant("cache", str(path))
-    return path, shard_files(shared / "nodes-quiet")
+    return path, shard_bytes(shared / "nodes-quiet")
 
 
 @pytest.fixture
@@ -103,5 +99,5 @@ def test_a_machine_lost_in_the_middle_changes_nothing(
             driver.wait()
     assert set(scored) >= {second.address, third.address}
     assert set(scored) <= {first.address, second.address, third.address}
-    assert shard_files(folder) == quiet
+    assert shard_bytes(folder) == quiet
     LogitStore.open(str(folder))
