@@ -31,7 +31,7 @@ def write_yaml(path: Path, config: dict[str, Any]) -> Path:
 
 
 def shard_bytes(folder: str | Path) -> dict[str, bytes]:
-    """A store's shards and their commit records by name. Its header is not among them: it says who made it, and where."""
+    """A store's shards and their commit records by name; not its header, which says who made it, and where."""
     return {path.name: path.read_bytes() for path in (Path(folder) / "shards").iterdir()}
 
 

@@ -165,7 +165,7 @@ def test_no_secret_of_the_environment_is_written_down(
         ("store.path=s3://AKIA:plantedkey@bucket/store", "store.path"),
         ("tokens.path=simplecache::s3://:plantedkey@bucket/tokens", "tokens.path"),
         ("teacher.model=https://user:plantedkey@host/model", "teacher.model"),
-        ("tokens.source.files=[https://host/c.jsonl?X-Amz-Signature=plantedkey]", "tokens.source.files"),
+        ('tokens.source.files=["https://host/c.jsonl?X-Amz-Signature=plantedkey"]', "tokens.source.files"),
     ],
 )
 @pytest.mark.parametrize("verb", ["tokenize", "cache"])
