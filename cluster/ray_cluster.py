@@ -5,12 +5,13 @@ Only this file imports ray.
 
 import importlib.util
 import os
+import secrets
 import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,32 +37,63 @@ def in_submitted_job() -> bool:
 def session(config: ClusterConfig) -> Iterator[None]:
     """Join the cluster at ``config.address`` (in a submitted job: the job's own), or start a local one.
 
-    A local cluster lives in a short temporary folder (Ray's socket paths must stay under 107 bytes) that
-    is removed at the end. Raises ConfigError: no cluster answers.
+    A local cluster listens on loopback alone and asks for a token that nobody else knows. It lives in a short
+    temporary folder (Ray's socket paths must stay under 107 bytes) that is removed at the end.
+    Raises ConfigError: no cluster answers, or it refuses our token.
     """
     import ray
 
     options: dict[str, Any] = {"logging_level": "WARNING"}
-    folder = None
-    if in_submitted_job():
-        options |= {"address": "auto"}
-    elif config.address is not None:
-        _check_listening(config.address)
-        options |= {"address": config.address, "runtime_env": {"py_modules": _own_packages()}}
-    else:
-        folder = tempfile.mkdtemp(prefix="ray", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
-        options |= {"address": "local", "include_dashboard": False, "_temp_dir": folder}
-    try:
+    with ExitStack() as stack:
+        if in_submitted_job():
+            options |= {"address": "auto"}
+        elif config.address is not None:
+            _check_answers(config.address)
+            options |= {"address": config.address, "runtime_env": {"py_modules": _own_packages()}}
+        else:
+            options |= {"address": "local", "include_dashboard": False, "_temp_dir": stack.enter_context(_only_ours())}
+        stack.callback(ray.shutdown)
         try:
             ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise ConfigError(f"no Ray cluster answers at {options['address']!r}: {reason}") from error
         yield
+
+
+@contextmanager
+def _only_ours() -> Iterator[str]:
+    """A folder for a cluster that this process starts: nobody else can reach it while the block lasts.
+
+    Ray binds to loopback only on nodes whose own address is loopback, and takes such a `_node_ip_address` for a
+    mistake (services.resolve_ip_for_localhost): what it does on macOS and Windows has to be asked for. Its metrics
+    are served without a token even so.
+    """
+    import ray._private.ray_constants as constants
+
+    ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    before, clustered = {name: os.environ.get(name) for name in ours}, constants.ENABLE_RAY_CLUSTER
+    folder = tempfile.mkdtemp(prefix="ray", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    try:
+        _set_environment(ours)
+        constants.ENABLE_RAY_CLUSTER = False
+        yield folder
     finally:
-        ray.shutdown()
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        constants.ENABLE_RAY_CLUSTER = clustered
+        _set_environment(before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _set_environment(variables: Mapping[str, str | None]) -> None:
+    """Set (None: remove) variables of authentication, and have Ray read them again: it did so when it was imported."""
+    from ray._private.authentication.authentication_token_setup import AuthenticationTokenLoader, Config
+
+    for name, value in variables.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
 
 
 def check_room(config: ClusterConfig) -> None:
@@ -221,8 +253,11 @@ def _own_packages() -> list[str]:
     return [str(Path(spec.origin).parent) for spec in specs if spec and spec.origin]
 
 
-def _check_listening(address: str) -> None:
-    """Refuse an address where nothing listens within seconds; Ray itself would try for minutes. Raises ConfigError."""
+def _check_answers(address: str) -> None:
+    """Refuse within seconds an address where no cluster listens, or one that refuses our token.
+
+    Ray itself would try for minutes, and then not say why. Raises ConfigError.
+    """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not port.isdigit():
         return  # `auto` and the like, which Ray resolves by itself
@@ -230,3 +265,25 @@ def _check_listening(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConfigError(f"no Ray cluster answers at {address!r}: {error}") from error
+    if not address.startswith("ray://"):  # that is another protocol
+        _check_token(address)
+
+
+def _check_token(address: str) -> None:
+    """Ask the cluster's books whether they are there. Raises ConfigError: they refuse our token, or are none."""
+    import grpc
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+    from ray.exceptions import AuthenticationError
+
+    remedy = "export RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH)"
+    with init_grpc_channel(address) as channel:
+        stub = gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel)
+        try:
+            stub.CheckAlive(gcs_service_pb2.CheckAliveRequest(), timeout=10)
+        except AuthenticationError as error:
+            raise ConfigError(f"{error.message.rstrip('.')}: {remedy}") from error
+        except grpc.RpcError as error:
+            if error.code() == grpc.StatusCode.UNAUTHENTICATED:
+                raise ConfigError(f"the Ray cluster at {address!r} refuses our token: {remedy}") from error
+            raise ConfigError(f"what listens at {address!r} is no Ray cluster: {error.details()}") from error

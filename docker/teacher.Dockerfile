@@ -9,9 +9,10 @@ FROM python:3.11.15-slim-bookworm
 # Triton compiles a small C launcher per kernel when vLLM starts. There is no nvcc: FlashInfer compiles with it, and up
 # to Hopper a dense model uses FlashInfer for sampling alone, which is switched off below. Where it builds attention
 # too (Blackwell), a CUDA toolkit is needed on top of this image.
+# `ray up` copies files into containers with rsync, and its head reaches new nodes by ssh.
 # hadolint ignore=DL3008
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends g++ \
+    && apt-get install --yes --no-install-recommends g++ openssh-client rsync \
     && rm -rf /var/lib/apt/lists/*
 
 # compute,utility: what a container must ask for to be given libcuda and nvidia-smi.

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -125,47 +125,6 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
     assert driver.wait() == 0, driver.log.read_text()
     assert shard_bytes(folder) == quiet
     LogitStore.open(str(folder))
-
-
-@pytest.fixture(scope="module")
-def ray_head() -> Iterator[dict[str, str]]:
-    """A running cluster with token authentication, as `ray start --head` makes it; its clients' environment."""
-    from training.engine import free_port
-
-    folder = Path(tempfile.mkdtemp(prefix="head"))
-    token = folder / "token"
-    token.write_text("0123456789abcdef" * 4)
-    environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    ray = str(Path(DECANT).parent / "ray")
-    port, dashboard = free_port(), free_port()
-    command = [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2"]
-    command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}"]
-    subprocess.run(command, env=environment, check=True, capture_output=True)
-    environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{port}"}
-    yield environment
-    subprocess.run([ray, "stop", "--force"], env=environment, check=True, capture_output=True)
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def test_ray_job_submit_does_the_same(store: Any, shared: Path, ray_head: dict[str, str]) -> None:
-    ray = str(Path(DECANT).parent / "ray")
-    python = str(Path(DECANT).parent / "python")
-    folder = shared / "submitted"
-    submit = [ray, "job", "submit", "--working-dir", ".", "--", python, "-m", "cluster", "cache"]
-    submit += [str(shared / "cache.yaml"), f"store.path={folder}"]
-    refused = subprocess.run(
-        submit, cwd=ROOT, env={**ray_head, "RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
-    )
-    assert refused.returncode != 0  # no token, no job
-    done = subprocess.run(submit, cwd=ROOT, env=ray_head, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert shard_bytes(folder) == shard_bytes(store.storage.root)
-
-
-def test_joining_a_cluster_by_address_does_the_same(store: Any, shared: Path, ray_head: dict[str, str]) -> None:
-    folder = shared / "joined"
-    run_decant("cache", str(shared / "cache.yaml"), f"store.path={folder}", "--address", ray_head["GCS"], env=ray_head)
-    assert shard_bytes(folder) == shard_bytes(store.storage.root)
 
 
 # Students

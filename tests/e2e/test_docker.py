@@ -23,6 +23,8 @@ from training.config import TrainConfig
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 COMPOSE_FILE = ROOT / "docker/compose.yaml"
+CLUSTER_FILE = ROOT / "docker/ray-cluster.yaml"
+RAYJOB_FILE = ROOT / "docker/rayjob.yaml"
 COMPOSE: dict[str, Any] = yaml.safe_load(COMPOSE_FILE.read_text())
 SERVICES: dict[str, Any] = COMPOSE["services"]
 DOCKERFILES = sorted((ROOT / "docker").glob("*.Dockerfile"))
@@ -210,7 +212,7 @@ def test_workers_join_the_head_and_own_different_gpus() -> None:
 # --- Every command that containers run, or that docker/ and configs/ tell a reader to type
 
 PLACEHOLDERS = {"CONFIG", "OVERRIDES"}
-FOREIGN = {"aws", "tar"}
+FOREIGN = {"aws", "cp", "grafana", "kubectl", "tar"}
 """Programs of others, in a reader's hands or in every base image."""
 
 
@@ -229,7 +231,7 @@ def commands() -> list[Command]:
             found.append((f"{name}.healthcheck", shlex.join(words)))
     for path in DOCKERFILES:
         found += [(f"{path.name} CMD", shlex.join(json.loads(value))) for value in values(path, "CMD")]
-    for path in [*DOCKERFILES, COMPOSE_FILE, *(ROOT / "configs").rglob("*.yaml")]:
+    for path in [*DOCKERFILES, COMPOSE_FILE, CLUSTER_FILE, RAYJOB_FILE, *(ROOT / "configs").rglob("*.yaml")]:
         # An indented line of a comment is a command; a backslash goes on with the next.
         text = path.read_text().replace("\\\n#", "")
         found += [(path.name, line) for line in re.findall(r"^#     +(\S.*)$", text, re.MULTILINE)]
@@ -275,7 +277,7 @@ def check_ours(program: list[str], words: list[str]) -> None:
 
 def check_ray(words: list[str]) -> None:
     own, _, inner = (words, "", []) if "--" not in words else split_at(words, "--")
-    verbs = own[:3] if own[1] == "job" else own[:2]
+    verbs = own[:3] if own[1] in ("job", "metrics") else own[:2]
     check_options(own[len(verbs) :], help_of(*verbs))
     if inner:
         check(inner)

@@ -1,0 +1,182 @@
+"""Who can reach a run, and what it writes down: a local cluster is ours alone, and no secret is ever stored."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import decant
+from cluster.submit import CREDENTIALS
+from tests.toy import ROOT, run_decant, write_yaml
+
+SESSION = """
+import sys
+import ray
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+
+with ray_cluster.session(ClusterConfig()):
+    ray.get(ray.remote(lambda: 0).remote())
+    print(ray.get_runtime_context().gcs_address, flush=True)
+    sys.stdin.read()
+"""
+
+JOIN = """
+import sys, ray
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+
+with ray_cluster.session(ClusterConfig(address=sys.argv[1])):
+    print(ray.cluster_resources())
+"""
+
+
+def run_python(code: str, *arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | variables
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def local_cluster(shared: Path) -> Iterator[tuple[int, str]]:
+    """A process that has started its local cluster: its id, and the cluster's address."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SESSION], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    yield process.pid, process.stdout.readline().strip()
+    process.stdin.close()
+    assert process.wait(timeout=60) == 0
+
+
+def family(pid: int) -> set[int]:
+    """The process and all that descend from it."""
+    lines = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True).stdout.splitlines()[
+        1:
+    ]
+    pairs = [tuple(map(int, line.split())) for line in lines]
+    found = {pid}
+    while more := {child for child, parent in pairs if parent in found} - found:
+        found |= more
+    return found
+
+
+def listening(pids: set[int]) -> list[str]:
+    """Addresses at which these processes listen, TCP and UDP, as `HOST:PORT`."""
+    inodes = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            target = os.readlink(descriptor)
+            if target.startswith("socket:["):
+                inodes.add(target[8:-1])
+    sockets = subprocess.run(["ss", "-Htulne"], capture_output=True, text=True, check=True).stdout.splitlines()
+    return [line.split()[4] for line in sockets if any(f"ino:{inode} " in line + " " for inode in inodes)]
+
+
+def test_a_local_cluster_listens_on_loopback_alone(local_cluster: tuple[int, str]) -> None:
+    pid, address = local_cluster
+    found = listening(family(pid))
+    ports = {where.rpartition(":")[2] for where in found}
+    assert address.rpartition(":")[2] in ports, found
+    assert len(found) >= 5  # GCS, raylet (two), its agents, a worker
+    hosts = {where.rpartition(":")[0] for where in found}
+    assert hosts <= {"127.0.0.1", "[::1]", "[::ffff:127.0.0.1]"}, found
+
+
+@pytest.mark.parametrize(
+    "variables", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "ab" * 32}]
+)
+def test_a_local_cluster_refuses_who_has_not_its_token(
+    local_cluster: tuple[int, str], variables: dict[str, str]
+) -> None:
+    _, address = local_cluster
+    started = time.monotonic()
+    done = run_python(JOIN, address, **variables)
+    assert done.returncode != 0
+    assert f"ConfigError: the Ray cluster at {address!r} refuses our token" in done.stderr
+    assert time.monotonic() - started < 20
+
+
+def test_a_local_cluster_lets_its_own_token_in(local_cluster: tuple[int, str]) -> None:
+    pid, address = local_cluster
+    (raylet,) = [p for p in family(pid) if Path(f"/proc/{p}/comm").read_text().strip() == "raylet"]
+    lines = Path(f"/proc/{raylet}/environ").read_text().split("\0")
+    variables = dict(line.split("=", 1) for line in lines if line.startswith("RAY_AUTH_"))
+    assert variables["RAY_AUTH_MODE"] == "token"
+    # Without this variable Ray takes a loopback address for this machine's public one, where nothing listens.
+    done = run_python(JOIN, address, RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0", **variables)
+    assert done.returncode == 0, done.stderr
+    assert "CPU" in done.stdout
+    folder = next(word for word in Path(f"/proc/{raylet}/cmdline").read_text().split("\0") if "--session_dir=" in word)
+    logs = [path for path in Path(folder.partition("=")[2]).rglob("*") if path.is_file()]
+    assert any(path.name.startswith("raylet") for path in logs)
+    assert not [path for path in logs if variables["RAY_AUTH_TOKEN"].encode() in path.read_bytes()]
+
+
+def test_sessions_of_one_process_do_not_hinder_each_other() -> None:
+    code = """
+import os, ray
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+def authentication():
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
+before = authentication()
+for _ in range(2):
+    with ray_cluster.session(ClusterConfig()):
+        print(ray.get(ray.remote(lambda: 7).remote()), ray.util.get_node_ip_address())
+    assert authentication() == before
+"""
+    done = run_python(code)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["7", "127.0.0.1"] * 2
+
+
+# Secrets
+
+
+PLANTED = {"RAY_AUTH_TOKEN": "5ec3e7" * 10, "HF_TOKEN": "hf_plantedsecret", "AWS_SECRET_ACCESS_KEY": "plantedkey"}
+
+
+def test_no_secret_of_the_environment_is_written_down(
+    cache_config: dict[str, Any], tokens: Any, tmp_path: Path
+) -> None:
+    raw = json.loads(json.dumps(cache_config))
+    raw["store"]["path"] = str(tmp_path / "store")
+    done = run_decant("cache", str(write_yaml(tmp_path / "cache.yaml", raw)), env={**os.environ, **PLANTED})
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert any(path.name == "manifest.json" for path in files)
+    written = (done.stdout + done.stderr).encode() + b"".join(path.read_bytes() for path in files)
+    for name, secret in PLANTED.items():
+        assert secret.encode() not in written, name
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("store.path=s3://AKIA:plantedkey@bucket/store", "store.path"),
+        ("tokens.path=simplecache::s3://:plantedkey@bucket/tokens", "tokens.path"),
+        ("teacher.model=https://user:plantedkey@host/model", "teacher.model"),
+        ('tokens.source.files=["https://host/c.jsonl?X-Amz-Signature=plantedkey"]', "tokens.source.files"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["tokenize", "cache"])
+def test_a_url_with_credentials_is_refused_and_not_repeated(
+    capsys: pytest.CaptureFixture[str], shared: Path, tokens: Any, verb: str, override: str, key: str
+) -> None:
+    assert decant.main([verb, str(shared / "cache.yaml"), override]) == 2
+    shown = capsys.readouterr()
+    assert f"decant {verb}: error: {key} is a URL with credentials" in shown.err
+    assert "plantedkey" not in shown.err + shown.out
+
+
+def test_a_url_with_a_user_alone_is_fine() -> None:
+    assert not CREDENTIALS.search("abfs://container@account.dfs.core.windows.net/store?versionId=3")
