@@ -23,7 +23,7 @@ METRICS = (
     Metric("counter", "decant_phase_seconds", "Seconds of workers by phase", ("worker", "phase")),
     Metric("counter", "decant_retries", "Tasks and workers tried again, by reason", ("reason",)),
     Metric("counter", "decant_rows_left_out", "Rows without labels because they kill workers"),
-    Metric("gauge", "decant_shards_total", "Shards of the store"),
+    Metric("gauge", "decant_shards", "Shards of the store"),
     Metric("gauge", "decant_shards_done", "Shards that are committed"),
     Metric("gauge", "decant_workers_alive", "Workers with a loaded teacher"),
 )
@@ -48,7 +48,7 @@ class Metrics:
             self._add("decant_retries", 1, {"reason": fields["cause"]})
         elif event.kind == "left_out":
             self._add("decant_rows_left_out", 1, {})
-        gauges = {"shards_total": account.num_shards, "shards_done": account.num_done}
+        gauges = {"shards": account.num_shards, "shards_done": account.num_done}
         for name, value in {**gauges, "workers_alive": len(account.workers)}.items():
             self._meters[f"decant_{name}"].set(value, tags=self._tags)
 

@@ -10,19 +10,10 @@ from typing import Any
 
 import pytest
 
+from cluster import metrics
 from tests.toy import ROOT
 
-METRICS = (
-    ("counter", "decant_tokens", ("store", "worker")),
-    ("counter", "decant_positions", ("store", "worker")),
-    ("counter", "decant_bytes", ("store", "worker")),
-    ("counter", "decant_phase_seconds", ("store", "worker", "phase")),
-    ("counter", "decant_retries", ("store", "reason")),
-    ("counter", "decant_rows_left_out", ("store",)),
-    ("gauge", "decant_shards_total", ("store",)),
-    ("gauge", "decant_shards_done", ("store",)),
-    ("gauge", "decant_workers_alive", ("store",)),
-)
+METRICS = [(metric.kind, metric.name, ("store", *metric.tags)) for metric in metrics.METRICS]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "docker/grafana-dashboard.json").read_text())
 PANELS: list[dict[str, Any]] = DASHBOARD["panels"]
 EXPRESSIONS = [(panel["title"], target["expr"]) for panel in PANELS for target in panel["targets"]]
