@@ -26,7 +26,6 @@ from torch import Tensor
 from cluster.config import TargetsConfig
 from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
-from logit_store.errors import TeacherError
 from logit_store.rows import offsets_of
 
 HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_scheduled_tokens"]
@@ -93,7 +92,8 @@ class Capture:
 
     def _reset(self) -> None:
         self.parts: dict[int, list[Targets]] = {}
-        self.seconds, self.failure = 0.0, None
+        self.seconds = 0.0
+        self.failure: Exception | None = None
 
     def take(self) -> Taken:
         """All rows since the last call. The engine must be idle."""
@@ -151,13 +151,10 @@ class Capture:
                 self._add(span, targets)
 
     def _select(self, logits_NW: Tensor, *chosen_by: Tensor) -> list[Targets]:
-        """The targets, or none after a failure, which must not end the engine: `score` raises it.
-
-        RuntimeError is what torch raises when memory is short.
-        """
+        """The targets, or none after a failure, which must not end the engine: `VllmTeacher.score` raises it."""
         try:
             return [self.selector.select(logits_NW, *chosen_by)]
-        except (TeacherError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001  (logits that are NaN, too little memory: nothing that ends the engine)
             self.failure = error
             return []
 

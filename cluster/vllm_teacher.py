@@ -39,7 +39,7 @@ CPU_BLOCK = 128
 """Tokens in a block of vLLM's KV cache on a CPU."""
 
 
-class EngineDied(RuntimeError):
+class EngineDied(RuntimeError):  # noqa: N818
     """A process of the engine has ended, and no call of this teacher will be answered: build another one."""
 
 
@@ -62,10 +62,12 @@ class VllmTeacher:
         self.version, self.phases, self.call_tokens = vllm.__version__, Phases(), STEPS_PER_CALL * config.batch_tokens
         before = active_children()
         try:
-            self.engine: Any = vllm.LLM(**_engine_arguments(folder, config, longest))
+            self.engine: Any = vllm.LLM(**engine_arguments(folder, config, longest))
         except ValueError as error:
             raise TeacherError(f"vLLM {self.version} does not take {folder}: {' '.join(str(error).split())}") from error
-        self.processes = [os.pidfd_open(pid) for core in active_children() if core not in before for pid in _family(core)]
+        self.processes = [
+            os.pidfd_open(pid) for core in active_children() if core not in before for pid in _family(core)
+        ]
         try:
             self._call(self.engine.collective_rpc, TargetCapture.end_with.__name__, args=(os.getpid(),))
             expected = self._own_logprobs(longest, selector.vocabulary_size, config.dtype)
@@ -162,7 +164,7 @@ class VllmTeacher:
         def run() -> None:
             try:
                 answer.set_result(function(*arguments, **options))
-            except BaseException as error:  # noqa: BLE001: it is raised where the answer is awaited
+            except BaseException as error:  # noqa: BLE001  (it is raised where the answer is awaited)
                 answer.set_exception(error)
 
         threading.Thread(target=run, daemon=True).start()
@@ -185,7 +187,8 @@ def _set_environment() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
 
 
-def _engine_arguments(folder: Path, config: TeacherConfig, longest: int) -> dict[str, Any]:
+def engine_arguments(folder: Path, config: TeacherConfig, longest: int) -> dict[str, Any]:
+    """What the config means to vLLM."""
     from vllm.platforms import current_platform
 
     arguments = {
@@ -214,7 +217,8 @@ def _engine_arguments(folder: Path, config: TeacherConfig, longest: int) -> dict
     if current_platform.is_cpu():
         os.environ["OMP_NUM_THREADS"] = str(max(1, torch.get_num_threads() // config.num_gpus))
         arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(folder, config, longest)
-        arguments["enforce_eager"] = True  # compiling takes a minute, and steps are as fast without it
+        # Compiling takes a minute, and steps are as fast without it; but a pipeline's stages need that warm-up.
+        arguments["enforce_eager"] = config.pipeline_parallel == 1
     return arguments
 
 
