@@ -187,7 +187,7 @@ def test_vllm_goes_on_after_a_choice_that_failed(vllm_teacher: Any) -> None:
     rows = random_rows(9, 20)
     vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
     before = vllm_teacher.score(rows, [0, 1])
-    vllm_teacher.capture(Selector(TargetsConfig(k=V + 100), V, "labels"))  # more than a head can hold
+    vllm_teacher.capture(Selector(TargetsConfig(k=1000), 1000, "labels"))  # more than the teacher has rows
     with pytest.raises((RuntimeError, ValueError, IndexError)) as failed:
         vllm_teacher.score(rows, [0, 1])
     assert not isinstance(failed.value, EngineDied)
