@@ -1,5 +1,7 @@
 """Draws: the same counter gives the same ids everywhere, and their mean is the distribution."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -52,7 +54,7 @@ def test_points_beyond_and_rows_without_weight() -> None:
     assert draw(weights_NV, torch.tensor([[0.0, 0.999, 1.5], [0.0, 0.5, 0.5]]).double()).tolist() == [[1] * 3, [3] * 3]
 
 
-KINDS = [
+KINDS: list[dict[str, Any]] = [
     {"kind": "counts", "draws": 7},
     {"kind": "counts", "draws": 7, "temperatures": [2.0], "always": [3]},
     {"kind": "threshold", "tau": 0.08},
@@ -61,14 +63,14 @@ KINDS = [
 ]
 
 
-def selected(kind: dict, logits_W: torch.Tensor, num: int, labels_id: str, next_id: int = 5) -> Targets:
+def selected(kind: dict[str, Any], logits_W: torch.Tensor, num: int, labels_id: str, next_id: int = 5) -> Targets:
     """Targets of the same distribution at ``num`` positions of the store."""
     numbers = torch.arange(num)
     selector = Selector(TargetsConfig(**kind), V, labels_id)
     return selector.select(logits_W.expand(num, -1), torch.full((num,), next_id), numbers // 50, numbers % 50)
 
 
-def estimates(targets: Targets, kind: dict, width: int, next_id: int = 5) -> np.ndarray:
+def estimates(targets: Targets, kind: dict[str, Any], width: int, next_id: int = 5) -> np.ndarray:
     """What a reader makes of each position at its temperature: p̂ [N, W], kept ids exact, draws tail/m each."""
     t = kind.get("temperatures", [1.0])[0]
     n = len(targets.next_logprob_P)
@@ -86,7 +88,7 @@ def estimates(targets: Targets, kind: dict, width: int, next_id: int = 5) -> np.
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
-def test_the_mean_over_seeds_is_the_dense_distribution(kind: dict) -> None:
+def test_the_mean_over_seeds_is_the_dense_distribution(kind: dict[str, Any]) -> None:
     """20,000 positions of ten labels ids, by the empirical Bernstein bound (Maurer, Pontil 2009) for each id, and a
     union bound over them: a right sampler fails with one set of seeds in a million (and these are fixed), and one
     whose mean is off by 0.01 anywhere is caught.
@@ -125,7 +127,10 @@ def test_a_retry_in_another_order_draws_the_same() -> None:
 def test_threshold_is_closer_than_counts_with_as_many_ids() -> None:
     """Over distributions with peaks and tails, E‖p̂ − p‖² at no more distinct ids."""
     errors, ids = {"threshold": 0.0, "counts": 0.0}, {"threshold": 0, "counts": 0}
-    kinds = {"threshold": {"kind": "threshold", "tau": 0.06}, "counts": {"kind": "counts", "draws": 30}}
+    kinds: dict[str, dict[str, Any]] = {
+        "threshold": {"kind": "threshold", "tau": 0.06},
+        "counts": {"kind": "counts", "draws": 30},
+    }
     for i in range(20):
         logits_W = torch.randn(V, generator=torch.Generator().manual_seed(i)) * 2
         p_W = logits_W.double().softmax(-1).numpy()

@@ -137,7 +137,8 @@ def test_the_tail_of_a_peaked_row_keeps_its_digits() -> None:
     logits[0, 3] = 0.0
     targets = select(logits, torch.tensor([3]), 1000, k=1)
     assert targets.tail_logmass_P[0] == pytest.approx(np.log(999) - 40.0, abs=1e-4)  # 1 − Σp would be 0
-    for kind in ({"kind": "threshold", "tau": 0.5}, {"kind": "counts", "draws": 4}):
+    sampled: list[dict[str, Any]] = [{"kind": "threshold", "tau": 0.5}, {"kind": "counts", "draws": 4}]
+    for kind in sampled:
         drawn = select(logits, torch.tensor([3]), 1000, **kind)
         assert drawn.tail_logmass_P[0] == pytest.approx(np.log(999) - 40.0, abs=1e-4)
         assert drawn.sampled_counts_P[0] == (1 if kind["kind"] == "threshold" else 4)  # a tail of 4e-15 is drawn from
