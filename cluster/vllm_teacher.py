@@ -51,6 +51,11 @@ class VllmTeacher:
     """
 
     def __init__(self, folder: Path, config: TeacherConfig, selector: Selector, longest: int) -> None:
+        if not config.pickled_weights and not list(folder.glob("*.safetensors")):
+            raise TeacherError(
+                f"{folder} holds no *.safetensors: convert the weights, or set teacher.pickled_weights=true, "
+                "by which code in pickle files may run"
+            )
         _set_environment()
         try:
             import vllm

@@ -204,6 +204,12 @@ def test_vllm_says_how_long_its_engine_took(vllm_teacher: Any) -> None:
     assert min(seconds.values()) > 0
 
 
+def test_vllm_takes_pickled_weights_only_when_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(TeacherError, match=r"holds no \*.safetensors: .*pickled_weights=true"):
+        run_vllm(tmp_path, "float32")
+
+
 def test_vllm_runners_of_other_kinds_are_refused_by_name(vllm_teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
