@@ -26,7 +26,6 @@ from torch import Tensor
 from cluster.config import TargetsConfig
 from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
-from logit_store.rows import offsets_of
 
 HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_scheduled_tokens"]
 """The method that is replaced. Only V1's runner has it."""
@@ -97,7 +96,7 @@ class Capture:
 
     def take(self) -> Taken:
         """All rows since the last call. The engine must be idle."""
-        whole = {} if self.failure else {row: joined(parts) for row, parts in self.parts.items()}
+        whole = {} if self.failure else {row: Targets.join(parts) for row, parts in self.parts.items()}
         taken = Taken(whole, self.seconds, self.failure)
         self._reset()
         return taken
@@ -147,7 +146,7 @@ class Capture:
             if self.chooses and not self.failure:
                 parts += self._select(logits_NW, *(column[at] for column in chosen_by))
         if self.chooses and not self.failure:
-            for span, targets in zip(spans, split(joined(parts), counts), strict=True):
+            for span, targets in zip(spans, Targets.join(parts).split(counts.tolist()), strict=True):
                 self._add(span, targets)
 
     def _select(self, logits_NW: Tensor, *chosen_by: Tensor) -> list[Targets]:
@@ -164,23 +163,6 @@ class Capture:
             parts.clear()
         assert sum(len(part.next_logprob_P) for part in parts) == span.start
         parts.append(targets)
-
-
-def joined(parts: list[Targets]) -> Targets:
-    """Consecutive positions as one."""
-    return Targets(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-
-
-def split(targets: Targets, counts: np.ndarray) -> Iterator[Targets]:
-    """The next ``counts[0]`` positions, the next ``counts[1]`` …, as copies: no part keeps the whole in memory."""
-    ends = np.cumsum(counts)
-    heads, samples = offsets_of(targets.head_counts_P), offsets_of(targets.sampled_counts_P)
-    for start, end in zip(ends - counts, ends, strict=True):
-        of_positions, of_heads = slice(start, end), slice(heads[start], heads[end])
-        of_samples = slice(samples[start], samples[end])
-        flat = {"head_ids_N": of_heads, "head_logprobs_N": of_heads, "sampled_ids_M": of_samples}
-        columns = targets._asdict().items()
-        yield Targets(**{name: column[flat.get(name, of_positions)].copy() for name, column in columns})
 
 
 def why_unsupported(runner: type) -> str:

