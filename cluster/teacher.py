@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import torch
 
 from cluster.config import TeacherConfig
 from cluster.hashing import model_folder
 from cluster.phases import Phases
 from cluster.targets import Selector
 from logit_store import Targets
+from logit_store.errors import TeacherError
 
 
 class Teacher(Protocol):
@@ -32,13 +34,24 @@ class Teacher(Protocol):
         """End what the teacher has started."""
 
 
-def build_teacher(teacher: TeacherConfig, selector: Selector, longest: int, on_gpu: bool) -> Teacher:
-    """The configured backend with its model loaded; ``longest`` is the number of tokens of the longest row."""
+def build_teacher(
+    teacher: TeacherConfig, selector: Selector, longest: int, on_gpu: bool, executor: str = "mp"
+) -> Teacher:
+    """The configured backend with its model loaded; ``longest`` is the number of tokens of the longest row.
+
+    ``executor`` starts vLLM's processes where a model has several GPUs: ``mp`` on one node, ``ray`` in the actor's
+    placement group. Raises ConfigError, TeacherError.
+    """
+    if on_gpu and not torch.cuda.is_available():
+        raise TeacherError(
+            "the config demands a GPU (cluster.gpus_per_worker), but PyTorch sees none here: install a build of torch "
+            "for this machine's driver, or set cluster.gpus_per_worker=0"
+        )
     folder: Path = model_folder(teacher.model, teacher.revision)
     if teacher.backend == "vllm":
         from cluster.vllm_teacher import VllmTeacher
 
-        return VllmTeacher(folder, teacher, selector, longest)
+        return VllmTeacher(folder, teacher, selector, longest, executor)
     from cluster.transformers_teacher import TransformersTeacher
 
     return TransformersTeacher(folder, teacher, selector, "cuda" if on_gpu else "cpu")

@@ -10,60 +10,106 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.causal_model import load_model
 from cluster.config import TeacherConfig
 from cluster.phases import Phases
 from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
 from logit_store.errors import TeacherError
 
+OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "out of memory",
+    "ALLOC_FAILED",
+)
+"""What a RuntimeError says where memory ran out: of torch's CPU allocators, C++, the CUDA driver, cuBLAS."""
+
 
 class TransformersTeacher:
-    """A causal language model of transformers, scoring on one device."""
+    """A causal language model of transformers, scoring on one device, or on several with ``device_map``."""
 
     def __init__(self, folder: Path, config: TeacherConfig, selector: Selector, device: str = "cpu") -> None:
-        from transformers import AutoModelForCausalLM
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # a worker's bars would land in the driver's terminal
-        self.config, self.selector, self.device = config, selector, device
-        self.phases, self.batch_tokens, self.oom_splits = Phases(), config.batch_tokens, 0
-        self.model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, config.dtype))
-        self.model.to(self.device).eval()
+        self.config, self.selector = config, selector
+        self.phases, self.batch_tokens = Phases(), config.batch_tokens
+        self.oom_splits = 0
+        """How often memory ran out, and a batch or a chunk was halved."""
+        self.model: Any = load_model(folder, config, device)
         self.decoder = self.model.get_decoder()
-        width = self.model.get_output_embeddings().weight.shape[0]
-        self.chunk = chunk_positions(width)
+        self.run_decoder = torch.compile(self.decoder, dynamic=True) if config.compile else self.decoder
+        embedding = self.model.get_input_embeddings().weight
+        # Weights that device_map left on the CPU or on disk are "meta" between uses; their inputs may be anywhere.
+        self.device = torch.device(device) if embedding.device.type == "meta" else embedding.device
+        self.chunk = chunk_positions(self.model.get_output_embeddings().weight.shape[0])
         self._probe()
 
     @torch.inference_mode()
     def score(self, rows: Sequence[np.ndarray], numbers: Sequence[int]) -> list[Targets]:
-        """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store."""
+        """Targets of each row of at least two token ids; ``numbers`` are the rows' numbers in the store.
+
+        Raises TeacherError where a row does not fit into memory by itself.
+        """
         scored: dict[int, Targets] = {}
         for members in equal_length_batches([len(row) for row in rows], self.batch_tokens):
             ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64)).to(self.device)
             numbers_B = torch.tensor([numbers[i] for i in members], device=self.device)
-            scored |= zip(members, self._score_batch(ids_BT, numbers_B), strict=True)
+            scored |= zip(members, self._score_batch(ids_BT, numbers_B, self.chunk), strict=True)
         return [scored[i] for i in range(len(rows))]
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor) -> list[Targets]:
-        num_rows, num_tokens = ids_BT.shape
-        hidden_BTD = self._hidden(ids_BT)
-        hidden_ND = hidden_BTD[:, :-1].reshape(num_rows * (num_tokens - 1), -1)
-        next_ids_N = ids_BT[:, 1:].reshape(-1)
-        rows_N = numbers_B.repeat_interleave(num_tokens - 1)
-        positions_N = torch.arange(num_tokens - 1, device=self.device).repeat(num_rows)
-        chunks = [slice(start, start + self.chunk) for start in range(0, len(hidden_ND), self.chunk)]
-        parts = [
-            self.selector.select(self._head(hidden_ND[at]), next_ids_N[at], rows_N[at], positions_N[at])
-            for at in chunks
-        ]
-        whole = Targets(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
-        return [Targets(*row) for row in zip(*(np.split(column, num_rows) for column in whole), strict=True)]
+    def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor, chunk: int) -> list[Targets]:
+        """Targets of a batch; where memory runs out those of its halves, and of one row with the chunk halved. The next
+        batch is tried whole again: an accident decides nothing about what comes after it.
+        """
+        try:
+            return self._score_at_once(ids_BT, numbers_B, chunk)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = " ".join(str(error).split())
+        # Outside of the handler, whose traceback holds on to the tensors of the failed attempt.
+        self.oom_splits += 1
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(ids_BT) > 1:
+            halves = zip(ids_BT.tensor_split(2), numbers_B.tensor_split(2), strict=True)
+            return [targets for ids, numbers in halves for targets in self._score_batch(ids, numbers, chunk)]
+        if chunk > 1:
+            return self._score_batch(ids_BT, numbers_B, chunk // 2)
+        raise TeacherError(
+            f"a row of {ids_BT.shape[1]} tokens does not fit into memory, even with the LM head one position at a time "
+            f"({reason}): use a smaller tokens.window, a smaller teacher.dtype or a larger machine"
+        )
+
+    def _score_at_once(self, ids_BT: Tensor, numbers_B: Tensor, chunk: int) -> list[Targets]:
+        num_rows, num_positions = ids_BT.shape[0], ids_BT.shape[1] - 1
+        with self._measured("forward"):
+            hidden_ND = self._hidden(ids_BT)[:, :-1].flatten(0, 1)
+        with self._measured("targets"):
+            next_ids_N = ids_BT[:, 1:].flatten()
+            rows_N = numbers_B.repeat_interleave(num_positions)
+            positions_N = torch.arange(num_positions, device=self.device).repeat(num_rows)
+            chunks = zip(*(c.split(chunk) for c in (hidden_ND, next_ids_N, rows_N, positions_N)), strict=True)
+            whole = Targets.join([self._select(*columns) for columns in chunks])
+            return list(whole.split([num_positions] * num_rows))
+
+    def _select(self, hidden_ND: Tensor, *columns: Tensor) -> Targets:
+        logits_NW = self._head(hidden_ND)
+        return self.selector.select(logits_NW, *(column.to(logits_NW.device) for column in columns))
+
+    @contextmanager
+    def _measured(self, phase: str) -> Iterator[None]:
+        """Count the block as ``phase``, to the end of its work on a GPU."""
+        with self.phases.measure(phase):
+            yield
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
 
     def _hidden(self, ids_BT: Tensor) -> Tensor:
-        output = self.decoder(input_ids=ids_BT, use_cache=False)
+        output = self.run_decoder(input_ids=ids_BT, use_cache=False)
         self.output_type = type(output)
         hidden_BTD: Tensor = output.last_hidden_state
         return hidden_BTD
@@ -79,18 +125,30 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Refuse a model whose chunked logits are not its own."""
+        """Refuse a model whose chunked logits are not its own, or whose positions see the tokens after them."""
         ids_1T = torch.arange(8, device=self.device)[None] % self.selector.vocabulary_size
         own_TW = self.model(input_ids=ids_1T, use_cache=False).logits[0].float()
         chunked_TW = torch.cat([self._head(h) for h in self._hidden(ids_1T)[0].split(3)]).float()
-        error = float((own_TW - chunked_TW).abs().max())
+        other_ids_1T = torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], 1)
+        other_TW = self.model(input_ids=other_ids_1T, use_cache=False).logits[0].float()
         # One unit in the last place of the scoring dtype, for matrix products of other shapes, times 8.
         allowed = 8 * torch.finfo(getattr(torch, self.config.dtype)).eps * max(1.0, float(own_TW.abs().max()))
-        if not error <= allowed:
-            raise TeacherError(
-                f"{type(self.model).__name__}: logits computed in chunks differ from the model's own by {error:.2g} "
-                f"(allowed: {allowed:.2g}). This architecture is not supported by the transformers backend"
-            )
+        for what, error_TW in (
+            ("logits computed in chunks differ from the model's own", own_TW - chunked_TW.to(own_TW.device)),
+            ("logits differ with a token that comes after them", (own_TW - other_TW)[:-1]),
+        ):
+            if not (error := float(error_TW.abs().max())) <= allowed:
+                raise TeacherError(
+                    f"{type(self.model).__name__}: {what} by {error:.2g} (allowed: {allowed:.2g}). This architecture "
+                    "is not supported by the transformers backend"
+                )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether ``error`` says that memory, of a GPU or the machine, ran out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
@@ -110,9 +168,12 @@ def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[
 @contextmanager
 def _returning(module: torch.nn.Module, output: Any) -> Iterator[None]:
     """Within the block, ``module`` computes nothing and returns ``output``."""
-    original = module.forward
+    original = vars(module).get("forward")
     module.forward = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
-        module.forward = original
+        if original is None:  # the class's own
+            del module.forward
+        else:
+            module.forward = original

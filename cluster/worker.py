@@ -44,7 +44,8 @@ class TeacherWorker:
             torch.set_num_threads(self.config.cluster.cpus_per_worker)
         selector = Selector(self.config.targets, self.header["vocabulary_size"], self.header["labels_id"])
         longest, on_gpu = int(self.tokens.lengths_N.max()), self.config.cluster.gpus_per_worker > 0
-        return build_teacher(self.config.teacher, selector, longest, on_gpu)
+        executor = "ray" if self.config.cluster.multi_node_workers else "mp"
+        return build_teacher(self.config.teacher, selector, longest, on_gpu, executor)
 
     def work(self, task: Task) -> dict[str, Any]:
         """Score a shard and commit it, or score a part of it and forget it; what that came to, in figures."""

@@ -4,7 +4,8 @@ Shapes: T tokens, P = T − 1 positions, N head entries and M sampled entries of
 S stored temperatures, F forced ids.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,6 +97,21 @@ class Targets(NamedTuple):
             np.zeros(num_positions, np.float32),
             np.zeros((num_positions, num_temperatures), np.float32),
         )._replace(forced_logprobs_PF=np.repeat(impossible_P[:, None], num_forced, 1))
+
+    @classmethod
+    def join(cls, parts: Sequence["Targets"]) -> "Targets":
+        """The positions of all parts, one after the other."""
+        return parts[0] if len(parts) == 1 else cls(*(np.concatenate(columns) for columns in zip(*parts, strict=True)))
+
+    def split(self, num_positions: Sequence[int]) -> Iterator["Targets"]:
+        """Consecutive parts of so many positions each, as views."""
+        at_P = offsets_of(np.array(num_positions))
+        at_N, at_M = offsets_of(self.head_counts_P), offsets_of(self.sampled_counts_P)
+        for start, stop in pairwise(at_P):
+            of_part = {name: getattr(self, name)[start:stop] for name in self._fields if "_P" in name}
+            n, m = (slice(at[start], at[stop]) for at in (at_N, at_M))
+            of_part |= {"head_ids_N": self.head_ids_N[n], "head_logprobs_N": self.head_logprobs_N[n]}
+            yield Targets(**of_part, sampled_ids_M=self.sampled_ids_M[m])
 
     def padded_heads(self, width: int) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
         """Ids and log-probs as [P, width] arrays; a position's free places hold id 0 with log-prob −inf.

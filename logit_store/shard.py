@@ -198,14 +198,7 @@ def split_rows(rows: Sequence[TokenRow], targets: Targets) -> Iterator[LogitRow]
         yield LogitRow(rows[0], targets)
         return
     num_positions = [max(len(row.input_ids_T) - 1, 0) for row in rows]
-    at_P = offsets_of(np.array(num_positions))
-    at_N, at_M = offsets_of(targets.head_counts_P), offsets_of(targets.sampled_counts_P)
-    for i, row in enumerate(rows):
-        p = slice(at_P[i], at_P[i + 1])
-        n, m = (slice(at[p.start], at[p.stop]) for at in (at_N, at_M))
-        of_row = {name: getattr(targets, name)[p] for name in Targets._fields if "_P" in name}
-        of_row |= {name: getattr(targets, name)[n] for name in ("head_ids_N", "head_logprobs_N")}
-        yield LogitRow(row, Targets(**of_row, sampled_ids_M=targets.sampled_ids_M[m]))
+    yield from map(LogitRow, rows, targets.split(num_positions))
 
 
 def _read_levels(stored: bytes, damaged: Any) -> NDArray[np.float32]:

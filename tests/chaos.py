@@ -102,6 +102,7 @@ class Job:
     def __init__(self, config: Path, store: Path, cluster: Cluster) -> None:
         self.store, self._cluster = store, cluster
         self._command = [DECANT, "cache", str(config), f"store.path={store}", f"cluster.address={cluster.address}"]
+        self._command += ["cluster.autoscaling=true"]  # a node may be missing just now
         self._log = cluster.folder / "driver.log"
         self._begin()
 

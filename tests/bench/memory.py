@@ -30,7 +30,7 @@ def main() -> None:
     """Measure every case in its own process."""
     from importlib.metadata import version
 
-    machine = f"{_processor()}, {os.cpu_count()} cores"
+    machine = f"{processor()}, {os.cpu_count()} cores"
     versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
     today = datetime.date.today().isoformat()
     rows = []
@@ -130,7 +130,8 @@ def _student(model: Any, way: str, ids_1T: Any) -> Any:
     return lambda: student(batch).loss.backward()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """What the machine calls its processor."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 

@@ -378,10 +378,10 @@ def main() -> None:
 def write_csv(lines: list[dict[str, Any]]) -> None:
     from importlib.metadata import version
 
-    from tests.bench.memory import _processor
+    from tests.bench.memory import processor
 
     stamp = {
-        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "versions": " ".join(f"{name} {version(name)}" for name in ("numpy", "pyarrow", "zstandard", "numba")),
         "date": datetime.date.today().isoformat(),
     }

@@ -1,10 +1,17 @@
 """Position t of a stored row is the teacher's distribution for the token at t + 1, by both backends."""
 
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,14 +21,14 @@ from cluster.targets import Selector
 from cluster.transformers_teacher import TransformersTeacher, equal_length_batches
 from logit_store import Targets
 from logit_store.errors import TeacherError
-from tests.toy import WINDOW
+from tests.toy import ROOT, WINDOW
 
 V, K = 400, 16
 
 
-def dense_logprobs(folder: Path, ids_T: np.ndarray) -> np.ndarray:
+def dense_logprobs(folder: Path, ids_T: np.ndarray, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """log p [T, W] of the plain model on one row alone."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     with torch.inference_mode():
         logits = model(input_ids=torch.from_numpy(ids_T.astype(np.int64))[None]).logits[0]
     return logits.double().log_softmax(-1).numpy()
@@ -64,38 +71,243 @@ def test_float32_labels_are_the_dense_model_to_the_last_digits(make_store: Calla
     assert_is_dense(targets, tokens.input_ids_T, dense_logprobs(teacher, tokens.input_ids_T), atol=2e-5)
 
 
-@pytest.mark.parametrize("length", [2, 3, WINDOW])
-def test_transformers_scores_rows_of_any_length(teacher: Path, length: int) -> None:
-    ids = np.random.default_rng(length).integers(0, V, length).astype(np.int32)
-    backend = TransformersTeacher(
-        teacher, TeacherConfig(model="", dtype="float32"), Selector(TargetsConfig(k=K), V, "labels")
-    )
-    backend.chunk = 5  # several chunks, the last one short
-    (targets,) = backend.score([ids], [0])
-    assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-5)
+LENGTHS = (WINDOW, 2, 7, WINDOW, 3)
+BATCH_TOKENS = 32
+"""Fewer than the window: the longest rows are spread over two steps of vLLM."""
 
 
-@pytest.fixture(scope="module")
+class Backend(NamedTuple):
+    """Scores rows with the shared teacher, by the targets asked for."""
+
+    score: Callable[[list[np.ndarray], TargetsConfig], list[Targets]]
+    atol: float
+    """Its float32 log-probs are within this of the dense model's."""
+
+
+def run_vllm(folder: Path, dtype: Literal["float32", "bfloat16"]) -> Any:
+    from cluster.vllm_teacher import VllmTeacher
+
+    config = TeacherConfig(model="", backend="vllm", dtype=dtype, batch_tokens=BATCH_TOKENS)
+    return VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), WINDOW)
+
+
+@pytest.fixture(scope="session")
 def vllm_teacher(teacher: Path) -> Iterator[Any]:
-    """The real engine, shared; its sockets in a short folder of their own, since it leaves them behind."""
-    import tempfile
-
+    """The real engine, shared by the whole run; its sockets in a folder of their own, since it leaves them behind."""
     with tempfile.TemporaryDirectory(prefix="vllm", dir="/tmp") as sockets, pytest.MonkeyPatch.context() as patch:
         patch.setenv("VLLM_RPC_BASE_PATH", sockets)
-        from cluster.vllm_teacher import VllmTeacher
-
-        config = TeacherConfig(model="", backend="vllm", dtype="float32", batch_tokens=256, gpu_memory_utilization=0.2)
-        backend = VllmTeacher(teacher, config, Selector(TargetsConfig(k=K), V, "labels"), WINDOW)
+        backend = run_vllm(teacher, "float32")
         yield backend
-        backend.engine.llm_engine.engine_core.shutdown()
+        backend.close()
 
 
-def test_vllm_scores_rows_of_any_length(vllm_teacher: Any, teacher: Path) -> None:
+@pytest.fixture(params=["transformers", "vllm"])
+def backend(request: pytest.FixtureRequest, teacher: Path) -> Backend:
+    if request.param == "transformers":
+
+        def score(rows: list[np.ndarray], targets: TargetsConfig) -> list[Targets]:
+            config = TeacherConfig(model="", dtype="float32", batch_tokens=BATCH_TOKENS)
+            backend = TransformersTeacher(teacher, config, Selector(targets, V, "labels"))
+            backend.chunk = 5  # several chunks, the last one short
+            return backend.score(rows, range(len(rows)))
+
+        return Backend(score, 2e-5)
+    vllm_teacher = request.getfixturevalue("vllm_teacher")
+
+    def score_in_engine(rows: list[np.ndarray], targets: TargetsConfig) -> list[Targets]:
+        vllm_teacher.capture(Selector(targets, V, "labels"))
+        scored: list[Targets] = vllm_teacher.score(rows, range(len(rows)))
+        return scored
+
+    return Backend(score_in_engine, 2e-5)
+
+
+def random_rows(*lengths: int) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    rows = [rng.integers(0, V, length).astype(np.int32) for length in (WINDOW, 2, 7, WINDOW, 3)]
-    for ids, targets in zip(rows, vllm_teacher.score(rows, range(len(rows))), strict=True):
-        assert len(targets.next_logprob_P) == len(ids) - 1
-        assert_is_dense(targets, ids, dense_logprobs(teacher, ids), atol=2e-4)
+    return [rng.integers(0, V, length).astype(np.int32) for length in lengths]
+
+
+def test_rows_of_any_length_are_the_dense_model(backend: Backend, teacher: Path) -> None:
+    rows = random_rows(*LENGTHS)
+    for ids_T, targets in zip(rows, backend.score(rows, TargetsConfig(k=K)), strict=True):
+        log_p_TW = dense_logprobs(teacher, ids_T)
+        assert len(targets.next_logprob_P) == len(ids_T) - 1
+        assert_is_dense(targets, ids_T, log_p_TW, backend.atol)
+        for by in (1, -1):  # off by one fails
+            with pytest.raises(AssertionError):
+                assert_is_dense(targets, ids_T, np.roll(log_p_TW, by, axis=0), backend.atol)
+
+
+def test_the_tail_is_exact_where_one_minus_the_kept_is_not(backend: Backend, teacher: Path) -> None:
+    """Of a tail of 1e-5 a sum of float32 probabilities leaves two digits; a log-sum-exp leaves five."""
+    (row,) = random_rows(WINDOW)
+    (targets,) = backend.score([row], TargetsConfig(k=V - 20))
+    log_p_PW = dense_logprobs(teacher, row)[:-1]
+    ids_PK, _ = targets.padded_heads(V - 20)
+    np.put_along_axis(log_p_PW, ids_PK.astype(np.int64), -np.inf, 1)
+    log_p_PW[np.arange(len(log_p_PW)), row[1:]] = -np.inf
+    np.testing.assert_allclose(targets.tail_logmass_P, np.logaddexp.reduce(log_p_PW, axis=1), atol=1e-4)
+
+
+def test_everything_may_be_kept(backend: Backend, teacher: Path) -> None:
+    (row,) = random_rows(WINDOW)
+    (targets,) = backend.score([row], TargetsConfig(k=V))
+    log_p_PW = dense_logprobs(teacher, row)[:-1]
+    ids_PV, logprobs_PV = targets.padded_heads(V)
+    assert (np.sort(ids_PV, axis=1) == np.arange(V)).all()
+    np.testing.assert_allclose(
+        logprobs_PV, np.take_along_axis(log_p_PW, ids_PV.astype(np.int64), 1), atol=backend.atol * 5
+    )
+    padded_rows_P = np.logaddexp.reduce(log_p_PW[:, V:], axis=1)  # the head's rows beyond the vocabulary
+    np.testing.assert_allclose(np.exp(targets.tail_logmass_P), np.exp(padded_rows_P), atol=backend.atol)
+
+
+def test_partitions_at_other_temperatures(backend: Backend, teacher: Path) -> None:
+    (row,) = random_rows(WINDOW)
+    (targets,) = backend.score([row], TargetsConfig(k=K, temperatures=[2.0, 0.5]))
+    log_p_PW = dense_logprobs(teacher, row)[:-1]
+    expected_PS = np.stack([np.logaddexp.reduce(log_p_PW / t, axis=1) for t in (2.0, 0.5)], 1)
+    np.testing.assert_allclose(targets.log_partition_PS, expected_PS, atol=5e-5)
+
+
+@pytest.mark.parametrize("kind", [{"kind": "top_p", "k": 50, "p": 0.9}, {"kind": "threshold", "tau": 0.02}])
+def test_vllm_chooses_targets_of_every_kind_as_transformers_does(
+    vllm_teacher: Any, teacher: Path, kind: dict[str, Any]
+) -> None:
+    targets = TargetsConfig(**kind, always=[5])
+    rows, numbers = random_rows(*LENGTHS), [40, 3, 17, 8, 25]
+    selector = Selector(targets, V, "labels")
+    vllm_teacher.capture(selector)
+    theirs = TransformersTeacher(teacher, TeacherConfig(model="", dtype="float32"), selector).score(rows, numbers)
+    for ours, their in zip(vllm_teacher.score(rows, numbers), theirs, strict=True):
+        np.testing.assert_array_equal(ours.head_counts_P, their.head_counts_P)
+        np.testing.assert_array_equal(ours.sampled_counts_P, their.sampled_counts_P)
+        # Points of systematic sampling that fall on the border of two ids may go to either.
+        assert (ours.sampled_ids_M != their.sampled_ids_M).sum() <= 0.01 * len(their.sampled_ids_M)
+        np.testing.assert_allclose(ours.forced_logprobs_PF, their.forced_logprobs_PF, atol=2e-5)
+
+
+def test_vllm_gives_a_row_the_same_labels_alone_and_among_others(vllm_teacher: Any) -> None:
+    vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
+    rows = random_rows(20, 31, 5, WINDOW)
+    among = vllm_teacher.score(rows, [7, 3, 9, 1])
+    for i, number in enumerate([7, 3, 9, 1]):
+        (alone,) = vllm_teacher.score([rows[i]], [number])
+        for one, other in zip(alone, among[i], strict=True):
+            np.testing.assert_allclose(one, other, rtol=0, atol=0 if i < 3 else 2e-5)  # rows[3] is split over steps
+
+
+def test_vllm_goes_on_after_a_choice_that_failed(vllm_teacher: Any) -> None:
+    """A failure inside the engine comes out as what it was, and the engine lives."""
+    from cluster.vllm_teacher import EngineDied
+
+    rows = random_rows(9, 20)
+    vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
+    before = vllm_teacher.score(rows, [0, 1])
+    vllm_teacher.capture(Selector(TargetsConfig(k=1000), 1000, "labels"))  # more than the teacher has rows
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as failed:
+        vllm_teacher.score(rows, [0, 1])
+    assert not isinstance(failed.value, EngineDied)
+    vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
+    for first, second in zip(before, vllm_teacher.score(rows, [0, 1]), strict=True):
+        np.testing.assert_array_equal(first.next_logprob_P, second.next_logprob_P)
+
+
+def test_vllm_says_how_long_its_engine_took(vllm_teacher: Any) -> None:
+    vllm_teacher.phases.take()
+    vllm_teacher.score(random_rows(*LENGTHS), range(len(LENGTHS)))
+    seconds = vllm_teacher.phases.take()
+    assert set(seconds) == {"forward", "targets"}
+    assert min(seconds.values()) > 0
+
+
+def test_vllm_takes_pickled_weights_only_when_asked_to(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(TeacherError, match=r"holds no \*.safetensors: .*pickled_weights=true"):
+        run_vllm(tmp_path, "float32")
+
+
+def test_vllm_runners_of_other_kinds_are_refused_by_name(vllm_teacher: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
+
+    from cluster import vllm_capture
+
+    assert vllm_capture.why_unsupported(CPUModelRunner) == ""
+    reason = vllm_capture.why_unsupported(SecondRunner)
+    assert "vllm.v1.worker.gpu.model_runner.GPUModelRunner has no _get_prompt_logprobs_dict" in reason
+    monkeypatch.setattr(vllm_capture, "SIGNATURE", ["self", "hidden_states"])
+    assert "takes ['self', 'hidden_states', 'num_scheduled_tokens']" in vllm_capture.why_unsupported(CPUModelRunner)
+    monkeypatch.setattr(type(vllm_teacher), "_call", lambda *_arguments, **_options: [reason, ""])
+    with pytest.raises(TeacherError, match=r"vLLM \d.*GPUModelRunner has no .* or set teacher.backend=transformers"):
+        vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
+
+
+def test_vllm_that_differs_from_its_own_logprobs_is_refused(vllm_teacher: Any) -> None:
+    ids_T = np.arange(8, dtype=np.int32)
+    vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
+    (targets,) = vllm_teacher.score([ids_T], [0])
+    vllm_teacher._probe(ids_T, targets.next_logprob_P, 1e-5)
+    with pytest.raises(TeacherError, match="differ from its own by"):
+        vllm_teacher._probe(ids_T, np.roll(targets.next_logprob_P, 1), 1e-5)
+
+
+def test_a_killed_vllm_engine_is_reported_at_once_and_leaves_nothing(teacher: Path) -> None:
+    """In bfloat16, whose layers round to 8 bits: log-probs are within 0.25 nats of the dense bfloat16 model's."""
+    from cluster.vllm_teacher import EngineDied
+
+    before = engine_processes(psutil.Process())
+    backend = run_vllm(teacher, "bfloat16")
+    processes = [process for process in engine_processes(psutil.Process()) if process not in before]
+    rows = random_rows(*LENGTHS)
+    for ids_T, targets in zip(rows, backend.score(rows, range(len(rows))), strict=True):
+        log_p_TW = dense_logprobs(teacher, ids_T, torch.bfloat16)
+        next_P = log_p_TW[np.arange(len(ids_T) - 1), ids_T[1:]]
+        np.testing.assert_allclose(targets.next_logprob_P, next_P, atol=0.25)
+    (core,) = (process for process in processes if "EngineCore" in process.name())
+    threading.Timer(0.5, core.kill).start()
+
+    def score_until_it_fails() -> None:
+        deadline = time.monotonic() + 15
+        while time.monotonic() < deadline:  # killed in the middle of a call, or between two
+            backend.score(rows * 20, range(len(rows) * 20))
+
+    with pytest.raises(EngineDied):
+        score_until_it_fails()
+    backend.close()
+    assert_gone(processes)
+
+
+def test_a_vllm_engine_ends_with_a_killed_driver(teacher: Path) -> None:
+    code = (
+        "import time; from pathlib import Path; from tests.cache.test_teachers import run_vllm\n"
+        f"if __name__ == '__main__':\n run_vllm(Path({str(teacher)!r}), 'float32')\n"
+        " print('ready', flush=True)\n time.sleep(600)\n"
+    )
+    with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # vLLM's processes import it
+        script.write(code)
+        script.flush()
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        driver = subprocess.Popen([sys.executable, script.name], stdout=subprocess.PIPE, text=True, env=environment)
+        assert driver.stdout
+        assert any(line == "ready\n" for line in driver.stdout)
+        processes = engine_processes(psutil.Process(driver.pid))
+        assert processes
+        driver.kill()
+        driver.communicate()
+        assert_gone(processes)
+
+
+def engine_processes(driver: psutil.Process) -> list[psutil.Process]:
+    return [process for process in driver.children(recursive=True) if "VLLM" in process.name()]
+
+
+def assert_gone(processes: list[psutil.Process]) -> None:
+    """Within seconds none of them runs; a container without an init may keep the entry of a process that has ended."""
+    deadline = time.monotonic() + 10
+    while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
+        assert time.monotonic() < deadline, processes
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "gpt2"])

@@ -1,0 +1,76 @@
+"""Heads: which ids of a distribution are kept for being probable.
+
+Shapes: N positions, V vocabulary, K candidates of each position, H entries of all heads together.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MASS_BITS = 40
+"""Bits to which probabilities are cut before they are summed. Integers, because a CUDA cumsum of floats adds in another
+order each time."""
+
+
+class Head(NamedTuple):
+    """The heads of N positions, one after the other, ids ascending in each."""
+
+    counts_N: Tensor
+    at_H: Tensor
+    """The position that an entry belongs to."""
+    ids_H: Tensor
+
+    @classmethod
+    def where(cls, is_kept_NV: Tensor) -> "Head":
+        """The ids that are marked."""
+        at_H, ids_H = is_kept_NV.nonzero(as_tuple=True)
+        return cls(at_H.bincount(minlength=len(is_kept_NV)), at_H, ids_H)
+
+    @classmethod
+    def among(cls, ids_NK: Tensor, is_kept_NK: Tensor) -> "Head":
+        """Those of each position's candidates that are marked."""
+        ids_NK, order_NK = ids_NK.sort(-1)
+        is_kept_NK = is_kept_NK.gather(-1, order_NK)
+        return cls(is_kept_NK.sum(-1), is_kept_NK.nonzero()[:, 0], ids_NK[is_kept_NK])
+
+
+def top_k(logits_NV: Tensor, k: int) -> Head:
+    """The ids of the k largest logits, ties to the lower id."""
+    ids_NK = _top_ids(logits_NV, k)
+    return Head.among(ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
+
+
+def top_p(logits_NV: Tensor, lse_N1: Tensor, p: float, k: int) -> Head:
+    """The first ids, most probable first and ties to the lower id, that hold a mass of p, and no more than k."""
+    ids_NK = _top_ids(logits_NV, min(k, logits_NV.shape[1])).sort(-1).values
+    logits_NK, order_NK = logits_NV.gather(-1, ids_NK).sort(stable=True, dim=-1, descending=True)
+    units_NK = ((logits_NK - lse_N1).double().exp() * 2.0**MASS_BITS).long()
+    before_NK = units_NK.cumsum(-1) - units_NK
+    return Head.among(ids_NK.gather(-1, order_NK), before_NK < int(p * 2**MASS_BITS))
+
+
+def at_least(logits_NV: Tensor, least_N1: Tensor) -> Head:
+    """The ids whose logits are at least ``least_N1``."""
+    return Head.where(logits_NV >= least_N1)
+
+
+def empty(num_positions: int, device: torch.device) -> Head:
+    """Heads without entries."""
+    return Head.where(torch.zeros(num_positions, 1, dtype=torch.bool, device=device))
+
+
+def _top_ids(logits_NV: Tensor, k: int) -> Tensor:
+    """Ids of the k largest logits in any order. ``topk`` leaves open which of the equal ones at the cut it takes."""
+    if k == logits_NV.shape[1]:
+        return torch.arange(k, device=logits_NV.device).expand(len(logits_NV), k)
+    values_NK, ids_NK = logits_NV.topk(k + 1, dim=-1)
+    is_tied_N = values_NK[:, -2] == values_NK[:, -1]
+    ids_NK = ids_NK[:, :k]
+    if bool(is_tied_N.any()):
+        tied_NV, cut_N1 = logits_NV[is_tied_N], values_NK[is_tied_N, -1:]
+        above_NV, equal_NV = tied_NV > cut_N1, tied_NV == cut_N1
+        num_equal_N1 = k - above_NV.sum(-1, keepdim=True)
+        is_top_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1) <= num_equal_N1))
+        ids_NK[is_tied_N] = is_top_NV.nonzero()[:, 1].view(-1, k)
+    return ids_NK

@@ -1,0 +1,133 @@
+"""The transformers teacher beside the bare forward pass of the same model, and every kind of target beside top-k.
+
+    python -m tests.bench.teacher [THREADS]    # measures, prints a table, writes docs/benchmarks/teacher.csv
+
+A random Qwen3-type model of 110M parameters, V = 32,768, rows of 512 tokens, float32 on the CPU. "bare" is what no
+teacher can leave out: the decoder, and one matrix product of all its hidden states with the whole LM head. In each
+round every way runs once, so that a busy machine slows them down alike; a figure is the median of the rounds' ratios.
+"""
+
+import csv
+import datetime
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cluster.config import TargetsConfig, TeacherConfig
+from cluster.targets import Selector
+from cluster.transformers_teacher import TransformersTeacher
+from tests.bench.memory import processor
+
+RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "teacher.csv"
+V, T, ROWS, ROUNDS = 32_768, 512, 2, 7
+KINDS: dict[str, dict[str, Any]] = {
+    "top_k 64": {"k": 64},
+    "top_p 0.95, at most 64": {"kind": "top_p", "p": 0.95, "k": 64},
+    "counts 50": {"kind": "counts", "draws": 50},
+    "threshold 0.02": {"kind": "threshold", "tau": 0.02},
+    "threshold 0.02, T = 2": {"kind": "threshold", "tau": 0.02, "temperatures": [2.0]},
+}
+
+
+class Figure(NamedTuple):
+    """Throughput of a way, alone and beside others."""
+
+    way: str
+    tokens_per_s: float
+    of_bare: float
+    of_top_k: float
+    forward: float
+    """Share of the time in the decoder; the rest is LM head and choice of targets."""
+
+
+def main() -> None:
+    """Measure, print, write."""
+    from importlib.metadata import version
+
+    threads = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        num_parameters = _save_model(Path(folder))
+        config = TeacherConfig(model="", dtype="float32", batch_tokens=ROWS * T)
+        teacher = TransformersTeacher(Path(folder), config, _selector("top_k 64"))
+    figures = measure(teacher)
+    print(f"{num_parameters / 1e6:.0f}M parameters, V = {V:,}, {ROWS} rows of {T} tokens, {threads} threads")
+    print(f"{'':24} {'tok/s':>7} {'of bare':>8} {'of top-k':>9} {'decoder':>8}")
+    for way, *numbers in figures:
+        print("{:24} {:7.0f} {:8.3f} {:9.3f} {:8.2f}".format(way, *numbers))
+    machine = f"{processor()}, {os.cpu_count()} cores"
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    with open(RESULT, "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            [*Figure._fields, "parameters", "vocabulary", "tokens", "threads", "machine", "versions", "date"]
+        )
+        for way, *values in figures:
+            rounded = [round(value, 3) for value in values]
+            writer.writerow(
+                [way, *rounded, num_parameters, V, ROWS * T, threads, machine, versions, datetime.date.today()]
+            )
+
+
+def measure(teacher: TransformersTeacher) -> list[Figure]:
+    """Time the bare forward pass, and the teacher with each kind of target, in turns."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, V, T).astype(np.int32) for _ in range(ROWS)]
+    seconds: dict[str, list[float]] = defaultdict(list)
+    in_decoder: dict[str, float] = defaultdict(float)
+    for turn in range(1 + ROUNDS):
+        for name in ("bare", *KINDS):
+            started = time.perf_counter()
+            if name == "bare":
+                _bare(teacher, rows)
+            else:
+                teacher.selector = _selector(name)
+                teacher.score(rows, range(ROWS))
+            if turn:  # the first warms up
+                seconds[name].append(time.perf_counter() - started)
+                in_decoder[name] += teacher.phases.take().get("forward", 0.0)
+        teacher.phases.take()
+    return [_figure(name, seconds, in_decoder[name]) for name in seconds]
+
+
+def _figure(name: str, seconds: dict[str, list[float]], in_decoder: float) -> Figure:
+    def of(other: str) -> float:
+        return statistics.median(theirs / ours for theirs, ours in zip(seconds[other], seconds[name], strict=True))
+
+    tokens_per_s = ROWS * T / statistics.median(seconds[name])
+    return Figure(name, tokens_per_s, of("bare"), of("top_k 64"), in_decoder / sum(seconds[name]))
+
+
+@torch.inference_mode()
+def _bare(teacher: TransformersTeacher, rows: list[np.ndarray]) -> None:
+    ids_BT = torch.from_numpy(np.stack(rows).astype(np.int64))
+    teacher.model.lm_head(teacher.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state)
+
+
+def _save_model(folder: Path) -> int:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=V, hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+        num_key_value_heads=12, head_dim=64, max_position_embeddings=T + 1, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(config)
+    model.save_pretrained(folder)
+    return int(model.num_parameters())
+
+
+def _selector(kind: str) -> Selector:
+    return Selector(TargetsConfig(**KINDS[kind]), V, "labels")
+
+
+if __name__ == "__main__":
+    main()
