@@ -105,7 +105,6 @@ def test_inspect_says_what_is_in_it(store: Any) -> None:
 def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
     """A cache config that takes some ten seconds (one row per batch), and the shards of an undisturbed run."""
     from cluster.config import CacheConfig
-    from cluster.tokenize import tokenize_shard
     from logit_store.config import parse_config
 
     library = Path(json.__file__).parents[1]
@@ -116,7 +115,6 @@ def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[s
     raw["tokens"] |= {"path": str(shared / "long-tokens"), "source": {"files": [str(corpus)]}, "num_shards": 12}
     raw["teacher"]["batch_tokens"] = 1
     raw["store"]["path"] = str(shared / "long-quiet")
-    assert callable(tokenize_shard)
     assert parse_config(CacheConfig, raw, "long")
     path = write_yaml(shared / "long.yaml", raw)
     run_decant("tokenize", str(path))

@@ -1,0 +1,99 @@
+"""Looking through the files of a corpus once: how many documents each holds, and what its content is."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from cluster.documents import Document, Measure, measure_lines, measure_text, read_lines, read_text
+from cluster.files import SourceFile
+from cluster.hashing import file_sha256
+from cluster.remembered import recall, remember
+from cluster.tables import kind_of, measure_table, read_table, table_kinds
+from logit_store.identity import digest_json
+
+READERS = {"json": read_lines, "lines": read_lines, "text": read_text, "parquet": read_table, "arrow": read_table}
+LOOKED_AT = 1000
+"""Documents of a JSON file whose columns and types stand for all of them, since such files have no schema."""
+
+
+class Wanted(NamedTuple):
+    """What will be read of every file."""
+
+    content: str
+    """The column that becomes tokens."""
+    kinds: dict[str, str]
+    """All columns that will be read, and their kinds in the first file."""
+
+
+class Scan(NamedTuple):
+    """What is known of a file."""
+
+    content: str
+    """SHA-256 of a local file's bytes, otherwise the file's stamp."""
+    measure: Measure
+
+
+def scan_files(wanted: Wanted, files: Sequence[SourceFile]) -> list[Scan]:
+    """Look through files. Raises CorpusError: one cannot be read, or is unlike the first."""
+    return [Scan(_content(file), _measure(file, wanted)) for file in files]
+
+
+def known_scan(file: SourceFile, wanted: Wanted) -> Scan | None:
+    """What an earlier scan of this very file found."""
+    found = recall("scans", _key(file, wanted))
+    if found is None:
+        return None
+    content, num_documents, num_bytes, marks = found
+    return Scan(content, Measure(num_documents, num_bytes, np.array(marks, np.int64)))
+
+
+def keep_scan(file: SourceFile, wanted: Wanted, scan: Scan) -> None:
+    """Remember what was found, for this machine's next command."""
+    measure = scan.measure
+    value = [scan.content, measure.num_documents, measure.num_bytes, measure.marks.tolist()]
+    remember("scans", _key(file, wanted), value)
+
+
+def read_file(
+    file: SourceFile, marks: NDArray[np.int64], start: int, columns: Sequence[str] | None
+) -> Iterator[Document]:
+    """Documents of the file from the ``start``-th on, with these columns, or with all. Raises CorpusError."""
+    return READERS[file.format](file, marks, start, columns)
+
+
+def column_kinds(file: SourceFile) -> dict[str, str]:
+    """The columns of a file and their kinds (see ``kind_of``); none where it has no documents. Raises CorpusError."""
+    if file.format in ("parquet", "arrow"):
+        return table_kinds(file)
+    if file.format in ("lines", "text"):
+        return {"text": "string"}
+    values: dict[str, list[Any]] = {}
+    for _, document in zip(range(LOOKED_AT), read_lines(file, np.zeros((1, 3), np.int64), 0, None), strict=False):
+        for name, value in document.values.items():
+            values.setdefault(name, []).append(value)
+    return {name: _kind_of_values(found) for name, found in values.items()}
+
+
+def _kind_of_values(values: list[Any]) -> str:
+    try:
+        return kind_of(pa.array(values).type)
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
+        return "values of several types"
+
+
+def _content(file: SourceFile) -> str:
+    return file.stamp if file.snapshot or "://" in file.path else file_sha256(file.path)
+
+
+def _measure(file: SourceFile, wanted: Wanted) -> Measure:
+    if file.format in ("parquet", "arrow"):
+        return measure_table(file, wanted.kinds, wanted.content)
+    return measure_text(file) if file.format == "text" else measure_lines(file)
+
+
+def _key(file: SourceFile, wanted: Wanted) -> str:
+    asked = [wanted.content, sorted(wanted.kinds.items())] if file.format in ("parquet", "arrow") else []
+    return digest_json([file.format, file.stamp, asked])
