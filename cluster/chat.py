@@ -84,7 +84,7 @@ class ChatEncoder:
             )
         except (TemplateError, TypeError, ValueError, KeyError) as error:
             raise CorpusError(f"{document.place}: the chat template refuses the conversation: {error}") from error
-        return texts[0], spans[0]
+        return texts[0], spans[0] if spans else []
 
 
 def tokens_within(spans: Sequence[tuple[int, int]], offsets_T2: NDArray[np.int64]) -> NDArray[np.bool_]:

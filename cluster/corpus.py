@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import SourceConfig
-from cluster.documents import Document
+from cluster.documents import BEGIN, Document
 from cluster.files import SourceFile
 from cluster.scan import Scan, Wanted, column_kinds, read_file
 from cluster.tables import SIMPLE
@@ -63,7 +63,7 @@ def take(documents: Iterator[Document], count: int) -> Iterator[Document]:
 def first_documents(files: Sequence[SourceFile], columns: Sequence[str]) -> Iterator[Document]:
     """All documents, of files that nobody has looked through yet."""
     for file in files:
-        yield from read_file(file, np.zeros((1, 3), np.int64), 0, columns)
+        yield from read_file(file, BEGIN, 0, columns)
 
 
 def wanted_columns(files: Sequence[SourceFile], source: SourceConfig, carried: Sequence[str]) -> Wanted:

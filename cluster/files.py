@@ -64,7 +64,7 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
         ]
     found = _expand(source.files)
     data_format = source.format or _format([path for path, _, _ in found])
-    return [SourceFile(path.rsplit("/", 1)[-1], path, data_format, *facts) for path, *facts in found]
+    return [SourceFile(path.rsplit("/", 1)[-1], path, data_format, stamp, size) for path, stamp, size in found]
 
 
 @contextmanager

@@ -122,12 +122,12 @@ def _run_task(row: dict[str, Any], function: Callable[[Any, Any], Any], shared: 
 
 
 def _quiet_ray_data() -> None:
-    """No progress bars, start lines and hints of Ray Data on the terminal: they would tear ours."""
+    """No bars and lines of Ray Data on the terminal, where they would tear ours; what fails is raised to us anyway."""
     import ray.data
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
 
 
 def map_workers(

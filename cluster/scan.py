@@ -1,22 +1,26 @@
 """Looking through the files of a corpus once: how many documents each holds, and what its content is."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from cluster.documents import Document, Measure, measure_lines, measure_text, read_lines, read_text
+from cluster.documents import BEGIN, Document, Measure, measure_lines, measure_text, read_lines, read_text
 from cluster.files import SourceFile
 from cluster.hashing import file_sha256
 from cluster.remembered import recall, remember
-from cluster.tables import kind_of, measure_table, read_table, table_kinds
+from cluster.tables import measure_table, read_table, table_kinds
 from logit_store.identity import digest_json
 
 READERS = {"json": read_lines, "lines": read_lines, "text": read_text, "parquet": read_table, "arrow": read_table}
 LOOKED_AT = 1000
 """Documents of a JSON file whose columns and types stand for all of them, since such files have no schema."""
+
+VALUE_KINDS = {str: "string", int: "int64", float: "float64", bool: "bool", type(None): "null"}
+VALUE_KINDS |= {list: "a list", dict: "an object"}
+"""Kinds of the values that JSON has (see ``kind_of`` for those of tables)."""
 
 
 class Wanted(NamedTuple):
@@ -70,18 +74,19 @@ def column_kinds(file: SourceFile) -> dict[str, str]:
         return table_kinds(file)
     if file.format in ("lines", "text"):
         return {"text": "string"}
-    values: dict[str, list[Any]] = {}
-    for _, document in zip(range(LOOKED_AT), read_lines(file, np.zeros((1, 3), np.int64), 0, None), strict=False):
+    kinds: dict[str, str] = {}
+    for document in islice(read_lines(file, BEGIN, 0, None), LOOKED_AT):
         for name, value in document.values.items():
-            values.setdefault(name, []).append(value)
-    return {name: _kind_of_values(found) for name, found in values.items()}
+            kinds[name] = _common_kind(kinds.get(name, "null"), VALUE_KINDS[type(value)])
+    return kinds
 
 
-def _kind_of_values(values: list[Any]) -> str:
-    try:
-        return kind_of(pa.array(values).type)
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError):
-        return "values of several types"
+def _common_kind(one: str, other: str) -> str:
+    if one == other or other == "null":
+        return one
+    if one == "null":
+        return other
+    return "float64" if {one, other} == {"int64", "float64"} else "values of several types"
 
 
 def _content(file: SourceFile) -> str:

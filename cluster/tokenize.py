@@ -32,7 +32,7 @@ FEW_BYTES = 32 * 2**20
 """The driver looks through a corpus of this size by itself: that takes a second, and starting a cluster takes more."""
 
 MAX_TASKS = 4096
-"""A task costs the driver 60 kB of memory and 5 ms, so that more shards than this share tasks."""
+"""A task costs the driver some 10 kB of memory and 5 ms, so that more shards than this share tasks."""
 
 READERS_PER_FILE = 16
 """Tasks that read one compressed file, each from its beginning on: decompressing is some fifty times as fast as

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,26 +11,20 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cluster import ray_cluster
-from cluster.config import CacheConfig, SourceConfig, TokensConfig
+from cluster.config import SourceConfig, TokensConfig
 from cluster.documents import Document
 from cluster.files import SourceFile
-from cluster.tokenize import load_tokenizer, make_encoder, stretches, tokenize
+from cluster.tokenize import load_tokenizer, make_encoder, stretches
 from cluster.windows import document_rows
 from logit_store import TokenRow
-from logit_store.config import parse_config
 from logit_store.errors import ConfigError, CorpusError, IdentityError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size
 from tests.toy import WINDOW
 
+pytestmark = pytest.mark.usefixtures("own_memory")
+
 TEXTS = ["def f(x):\n    return x\n" * 20, "import os", "", "class A: pass\n" * 50]
 FILE = SourceFile("c.jsonl", "c.jsonl", "json", "", 0)
-
-
-@pytest.fixture(autouse=True)
-def own_memory(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing that another test found out about a file is known."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("memory")))
 
 
 def text_rows(texts: list[Any], tokenizer: Any, held_out: float) -> list[TokenRow]:
@@ -107,46 +100,6 @@ def test_no_tokenizer(tmp_path: Path) -> None:
 
 
 # The verb, its tasks run in this process
-
-
-def session_that_must_not_start(_config: Any) -> Any:
-    raise AssertionError("a cluster was started")
-
-
-@pytest.fixture
-def tokenize_here(tmp_path: Path, tokenizer: Path) -> Callable[..., Any]:
-    """`decant tokenize` with tasks in this process: of these lines of JSON, or of the source's files."""
-
-    def run(source: list[dict[str, Any]] | dict[str, Any], starts_cluster: bool = True, **changes: Any) -> Any:
-        keys = {key: changes.pop(key) for key in [*changes] if key.endswith("_column")}
-        if isinstance(source, list):
-            path = tmp_path / "c.jsonl"
-            path.write_text("".join(json.dumps(document) + "\n" for document in source))
-            source = {"files": [str(path)]}
-        tokens = {"path": str(tmp_path / "tokens"), "source": source | keys, "tokenizer": str(tokenizer)}
-        tokens |= {"window": WINDOW, "num_shards": 2} | changes
-        raw = {"tokens": tokens, "teacher": {"model": "none"}, "store": {"path": str(tmp_path / "store")}}
-        here: dict[str, Any] = {
-            "session": (lambda _: nullcontext()) if starts_cluster else session_that_must_not_start,
-            "map_tasks": lambda f, shared, items: (f(shared, item) for item in items),
-        }
-        with mock.patch.multiple(ray_cluster, **here):
-            return tokenize(parse_config(CacheConfig, raw, "test"))
-
-    return run
-
-
-@pytest.fixture
-def refused(tokenize_here: Callable[..., Any], tmp_path: Path) -> Callable[..., str]:
-    """An error that comes before a cluster is started and anything is written; its line."""
-
-    def run(*arguments: Any, **changes: Any) -> str:
-        with pytest.raises((ConfigError, CorpusError)) as caught:
-            tokenize_here(*arguments, starts_cluster=False, **changes)
-        assert not (tmp_path / "tokens").exists()
-        return str(caught.value)
-
-    return run
 
 
 @pytest.fixture
@@ -304,7 +257,8 @@ def test_keys_that_contradict_each_other(
 
 
 def test_a_resolved_config_is_a_config() -> None:
-    for source in ({}, {"messages_column": "m"}, {"ids_column": "i", "mask_column": "m"}):
-        config = TokensConfig(path="p", source=SourceConfig(files=["x"], **source), tokenizer="t")
+    for keys in ({}, {"messages_column": "m"}, {"ids_column": "i", "mask_column": "m"}):
+        raw = {"path": "p", "source": {"files": ["x"], **keys}, "tokenizer": "t"}
+        config = TokensConfig.model_validate(raw)
         assert TokensConfig.model_validate_json(config.model_dump_json()) == config
     assert SourceConfig(files=["x"]).content_column == "text"
