@@ -1,5 +1,6 @@
 """A dataset of the Hub: the commit it is pinned to, the files that a split consists of, and fetching one of them."""
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from cluster.config import SourceConfig
@@ -23,23 +24,46 @@ class Snapshot(NamedTuple):
 
 
 def resolve(dataset: str, revision: str | None) -> Snapshot:
-    """The commit that a revision stands for now; offline, the one that the Hub cache holds.
+    """The commit that a revision stands for now; without the Hub, the one that this machine knows of.
 
-    Raises CorpusError: neither has it.
+    Raises CorpusError: the Hub has no such dataset or revision, or cannot be asked and nothing is known.
     """
-    import httpx
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils import httpx
+
+    key = digest_json([dataset, revision])
+    try:
+        commit = str(HfApi().dataset_info(dataset, revision=revision).sha)
+    except (OfflineModeIsEnabled, httpx.TransportError) as error:
+        return _in_cache(dataset, revision) or _resolved_before(dataset, key, error)
+    except (HfHubHTTPError, HFValidationError) as error:
+        raise _cannot_be_fetched(dataset, error) from error
+    remember("commits", key, commit)
+    return Snapshot(dataset, commit, None)
+
+
+def _in_cache(dataset: str, revision: str | None) -> Snapshot | None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        try:
-            return Snapshot(dataset, str(HfApi().dataset_info(dataset, revision=revision).sha), None)
-        except (OfflineModeIsEnabled, httpx.TransportError):
-            folder = snapshot_download(dataset, repo_type="dataset", revision=revision, local_files_only=True)
-            return Snapshot(dataset, folder.rstrip("/").rsplit("/", 1)[-1], folder)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CorpusError(f"dataset {dataset!r} cannot be fetched from the Hub or its cache: {reason}") from error
+        folder = snapshot_download(dataset, repo_type="dataset", revision=revision, local_files_only=True)
+    except LocalEntryNotFoundError:
+        return None
+    return Snapshot(dataset, Path(folder).name, folder)
+
+
+def _resolved_before(dataset: str, key: str, error: Exception) -> Snapshot:
+    commit = recall("commits", key)
+    if commit is None:
+        raise _cannot_be_fetched(dataset, error) from error
+    return Snapshot(dataset, str(commit), None)
+
+
+def _cannot_be_fetched(what: str, error: Exception) -> CorpusError:
+    reason = " ".join(str(error).split())
+    return CorpusError(f"dataset {what!r} cannot be fetched from the Hub or its cache: {reason}")
 
 
 def data_files(snapshot: Snapshot, source: SourceConfig) -> tuple[str, list[str]]:
@@ -66,8 +90,7 @@ def fetch(snapshot: Snapshot, path: str) -> str:
     try:
         return str(hf_hub_download(snapshot.dataset, path, repo_type="dataset", revision=snapshot.commit))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CorpusError(f"{path} of dataset {snapshot.dataset!r} cannot be fetched: {reason}") from error
+        raise _cannot_be_fetched(f"{snapshot.dataset}/{path}", error) from error
 
 
 def url(snapshot: Snapshot, path: str) -> str:

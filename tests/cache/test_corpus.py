@@ -5,6 +5,8 @@ import gzip
 import json
 import lzma
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,8 @@ from cluster.corpus import Corpus, corpus_identity, wanted_columns
 from cluster.files import find_files
 from cluster.scan import keep_scan, known_scan, scan_files
 from logit_store.errors import CorpusError
+from tests.cache.hub_server import COMMIT, DATASET, hub_of
+from tests.toy import ROOT
 
 pytestmark = pytest.mark.usefixtures("own_memory")
 
@@ -219,9 +223,6 @@ def test_files_that_are_unlike_the_first(tmp_path: Path) -> None:
 # The Hub
 
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
 @pytest.fixture
 def hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The layout of `~/.cache/huggingface/hub`, made by hand; nothing is asked of the network. Its one snapshot."""
@@ -278,3 +279,53 @@ def test_hub_datasets_that_cannot_be_read(hub_cache: Path, source: dict[str, Any
     (hub_cache / "train.csv").write_text("text\n")
     with pytest.raises(CorpusError, match=message):
         find_files(SourceConfig(**{"dataset": "someone/sources", "files": ["*.jsonl"]} | source))
+
+
+FROM_HUB = """
+import json, sys
+from cluster.config import SourceConfig
+from cluster.corpus import Corpus, corpus_identity, wanted_columns
+from cluster.files import find_files
+from cluster.scan import scan_files
+source = SourceConfig(**json.loads(sys.argv[1]))
+start, stop = json.loads(sys.argv[2])
+files = find_files(source)
+wanted = wanted_columns(files[:1], source, [])
+corpus = Corpus.of_scans(files, scan_files(wanted, files), wanted.kinds)
+texts = [document.values["text"] for document in corpus.read(start, stop)]
+print(json.dumps([[file.path for file in files], files[0].snapshot.commit, len(corpus), texts]))
+"""
+
+
+def from_hub(address: str, home: Path, source: dict[str, Any], stretch: list[int], **environment: str) -> Any:
+    """Files, commit, documents and a stretch of a corpus, as a process finds them whose Hub is at the address."""
+    own = {"HF_ENDPOINT": address, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(home / "memory")}
+    own |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", **environment}
+    command = [sys.executable, "-c", FROM_HUB, json.dumps(source), json.dumps(stretch)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **own}, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_of_a_hub_dataset_each_file_is_fetched_where_it_is_read(tmp_path: Path) -> None:
+    """From a real HTTP server: the list of files at the commit, footers by range, and whole files only when read."""
+    rng = np.random.default_rng(0)
+    parts = [["".join(map(chr, rng.integers(33, 999, 40_000))) for _ in range(4)] for _ in range(3)]
+    files = {"README.md": b"---\nlicense: mit\n---\n", "data/test-0.parquet": b"never read"}
+    for i, part in enumerate(parts):
+        write_parquet(tmp_path / "part.parquet", part)
+        files[f"data/train-{i}.parquet"] = (tmp_path / "part.parquet").read_bytes()
+    source = {"dataset": DATASET}
+    with hub_of(files) as (address, served):
+        found, commit, count, texts = from_hub(address, tmp_path, source, [5, 7])
+        assert (found, commit, count) == ([f"data/train-{i}.parquet" for i in range(3)], COMMIT, 12)
+        assert texts == parts[1][1:3]
+        assert served["data/train-1.parquet"] > len(files["data/train-1.parquet"])
+        assert max(served[f"data/train-{i}.parquet"] for i in (0, 2)) < 0.8 * len(files["data/train-0.parquet"])
+        assert served["data/test-0.parquet"] == 0
+        before = served.total()
+        assert from_hub(address, tmp_path, source, [5, 7])[3] == texts
+        assert served["data/train-1.parquet"] < 1.5 * len(files["data/train-1.parquet"])  # it is in the cache
+        assert served.total() > before
+    with pytest.raises(AssertionError, match=r"train-0\.parquet cannot be read as parquet: .*offline"):
+        from_hub(address, tmp_path, source, [0, 1], HF_HUB_OFFLINE="1")
