@@ -9,10 +9,10 @@ from logit_store.config import Config
 
 
 class SourceConfig(Config):
-    """Where documents come from: a dataset of the Hub, or files."""
+    """Where documents come from: a dataset of the Hub, or files. They are text, conversations or token ids."""
 
     dataset: str | None = None
-    """Hub dataset id (`org/name`). Its repository is fetched once into the Hub cache, at `revision`."""
+    """Hub dataset id (`org/name`). Each file is fetched into the Hub cache where it is read, at `revision`."""
     name: str | None = None
     """Configuration of the Hub dataset, where it has several."""
     revision: str | None = None
@@ -21,16 +21,47 @@ class SourceConfig(Config):
     """Split of the Hub dataset."""
     files: list[str] = []
     """Paths, globs or fsspec URLs of files. With `dataset`: which files of its repository."""
-    format: Literal["json", "parquet", "arrow", "text"] | None = None
-    """Format of `files`; taken from the ending where it is not given. Of text files, each is one document."""
-    text_column: str = "text"
-    """Column that holds a document's text."""
+    format: Literal["json", "parquet", "arrow", "lines", "text"] | None = None
+    """Format of `files`; taken from the ending where it is not given. `json`: an object per line. `lines`: each
+    line of a text that is not blank a document. `text`: each file a document. All three may be
+    compressed, as .gz or .zst."""
+    text_column: str | None = None
+    """Column that holds a document's text (`text`, unless one of the next two is given)."""
+    messages_column: str | None = None
+    """Column that holds a conversation, a list of {role, content}, rendered by the tokenizer's chat template."""
+    ids_column: str | None = None
+    """Column that holds a document's token ids, which are taken as they are: nothing is put before or after them."""
+    mask_column: str | None = None
+    """With `ids_column`: column of as many 0s and 1s, where 1 means that predicting this token carries loss."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_unless_said_otherwise(cls, values: Any) -> Any:
+        kinds = ("text_column", "messages_column", "ids_column")
+        if isinstance(values, dict) and all(values.get(kind) is None for kind in kinds):
+            return {**values, "text_column": "text"}
+        return values
 
     @model_validator(mode="after")
     def _has_origin(self) -> Self:
         if self.dataset is None and not self.files:
             raise ValueError("give `dataset` (a Hub id) or `files`")
         return self
+
+    @model_validator(mode="after")
+    def _has_one_kind(self) -> Self:
+        if sum(kind is not None for kind in (self.text_column, self.messages_column, self.ids_column)) != 1:
+            raise ValueError("give one of `text_column`, `messages_column` and `ids_column`, and leave out the others")
+        if self.mask_column is not None and self.ids_column is None:
+            raise ValueError("`mask_column` belongs to `ids_column`: a mask of other data comes from tokens.loss_on")
+        if self.mask_column is not None and self.mask_column == self.ids_column:
+            raise ValueError("`mask_column` and `ids_column` are the same column")
+        return self
+
+    @property
+    def content_column(self) -> str:
+        """The column that becomes tokens."""
+        return str(self.text_column or self.messages_column or self.ids_column)
 
 
 class TokensConfig(Config):
@@ -44,13 +75,26 @@ class TokensConfig(Config):
     tokenizer_revision: str | None = None
     """Branch, tag or commit of the tokenizer on the Hub."""
     window: int = Field(1024, ge=2)
-    """Longest sequence in tokens. Longer documents become consecutive windows."""
+    """Longest sequence in tokens. Longer documents become consecutive windows; of conversations and masked ids, windows
+    in which nothing carries loss are left out."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Conversations only: which tokens carry loss. `assistant`: what the template's generation markers enclose."""
+    chat_template: str | None = None
+    """Conversations only: path or URL of a Jinja template that replaces the tokenizer's."""
     columns: list[str] = []
     """Columns of the dataset that rows carry along, such as `url`: text, whole numbers, floats or booleans."""
-    num_shards: int = Field(16, ge=1, le=1_000_000)
-    """Shards of about equal numbers of documents. One shard is the unit of work, retry and commit."""
+    num_shards: int | None = Field(None, ge=1, le=1_000_000)
+    """Shards of about equal numbers of documents. One shard is the unit of work, retry and commit. Without it, one for
+    each 4 MiB of text (uncompressed; of Parquet, as the footers give it), which is about a million tokens."""
     held_out: float = Field(0.01, ge=0.0, lt=1.0)
     """Share of documents, chosen by the hash of their text, that no training reads."""
+
+    @model_validator(mode="after")
+    def _chat_keys_belong_to_chats(self) -> Self:
+        if self.source.messages_column is None and (self.chat_template is not None or self.loss_on != "assistant"):
+            key = "chat_template" if self.chat_template is not None else "loss_on"
+            raise ValueError(f"`{key}` is for conversations: give source.messages_column, or leave it out")
+        return self
 
 
 class TeacherConfig(Config):

@@ -1,161 +1,140 @@
-"""Documents from the Hub or from files, read with `datasets`."""
+"""A corpus: documents in the order of their files, of which any stretch can be read without the rest."""
 
-from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
-import fsspec
+import numpy as np
+from numpy.typing import NDArray
 
 from cluster.config import SourceConfig
-from cluster.hashing import file_sha256
+from cluster.documents import BEGIN, Document
+from cluster.files import SourceFile
+from cluster.scan import Scan, Wanted, column_kinds, read_file
+from cluster.tables import SIMPLE
 from logit_store.errors import ConfigError, CorpusError
+from logit_store.identity import digest_json
 from logit_store.shard import COLUMN_TYPES, RESERVED_COLUMNS
 
-ENDINGS = {
-    ".json": "json",
-    ".jsonl": "json",
-    ".jsonl.gz": "json",
-    ".jsonl.zst": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".txt": "text",
-    ".md": "text",
-}
+CONTENT_KEYS = ("text_column", "messages_column", "ids_column", "mask_column")
 
 
-def corpus_identity(source: SourceConfig) -> dict[str, Any]:
-    """What decides the documents: the Hub commit, or names and content hashes of the files.
+class Corpus(NamedTuple):
+    """What a task must know to read any stretch: a few numbers for each file, and none of the documents."""
 
-    Raises CorpusError: a dataset or a file does not exist.
+    files: list[SourceFile]
+    marks: list[NDArray[np.int64]]
+    """Of each file, where reading can begin (see ``Measure``)."""
+    starts: NDArray[np.int64]
+    """[F + 1]: the corpus' documents before each file, and all of them."""
+    columns: tuple[str, ...]
+    """What is read of each document."""
+
+    @classmethod
+    def of_scans(cls, files: list[SourceFile], scans: Sequence[Scan], columns: Iterable[str]) -> "Corpus":
+        """The corpus of these files."""
+        counts = [scan.measure.num_documents for scan in scans]
+        starts = np.cumsum([0, *counts], dtype=np.int64)
+        return cls(files, [scan.measure.marks for scan in scans], starts, tuple(columns))
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def read(self, start: int, stop: int) -> Iterator[Document]:
+        """The documents ``start`` to ``stop``, one at a time."""
+        first = int(np.searchsorted(self.starts, start, side="right")) - 1
+        for i in range(first, len(self.files)):
+            begin, end = int(self.starts[i]), int(self.starts[i + 1])
+            if begin >= stop:
+                return
+            if start < end:
+                documents = read_file(self.files[i], self.marks[i], max(start - begin, 0), self.columns)
+                yield from take(documents, min(stop, end) - max(start, begin))
+
+
+def take(documents: Iterator[Document], count: int) -> Iterator[Document]:
+    """The next ``count`` documents, and not a look at the one after them. Raises CorpusError: there are fewer."""
+    for i in range(count):
+        document = next(documents, None)
+        if document is None:
+            raise CorpusError(f"the corpus has changed while it was read: {count - i:,} documents fewer in one place")
+        yield document
+
+
+def first_documents(files: Sequence[SourceFile], columns: Sequence[str]) -> Iterator[Document]:
+    """All documents, of files that nobody has looked through yet."""
+    for file in files:
+        yield from read_file(file, BEGIN, 0, columns)
+
+
+def wanted_columns(files: Sequence[SourceFile], source: SourceConfig, carried: Sequence[str]) -> Wanted:
+    """What will be read, checked against the first file that holds any documents.
+
+    Raises CorpusError: the corpus is empty, or lacks the source's columns; ConfigError: it lacks one of ``carried``,
+    or a store cannot carry it.
     """
-    if source.dataset is not None:
-        commit = _snapshot(source).rstrip("/").rsplit("/", 1)[-1]
-        fields: dict[str, Any] = {"dataset": source.dataset, "commit": commit, "name": source.name}
-        return fields | {"split": source.split, "files": source.files, "text_column": source.text_column}
-    files = _expand(source.files)
-    return {
-        "files": [[path.rsplit("/", 1)[-1], _content_key(path)] for path in files],
-        "format": _format(source, files),
-        "text_column": source.text_column,
-    }
-
-
-@lru_cache(maxsize=2)
-def _load(source_json: str) -> Any:
-    source = SourceConfig.model_validate_json(source_json)
-    import datasets
-
-    datasets.disable_progress_bars()
-    if source.dataset is not None:
-        folder = _snapshot(source)
-        return _load_or_explain(folder, source.name, split=source.split, data_files=source.files or None)
-    files = _expand(source.files)
-    loader = _format(source, files)
-    options = {"sample_by": "document"} if loader == "text" else {}
-    return _load_or_explain(loader, None, split="train", data_files=files, **options)
-
-
-def load_documents(source: SourceConfig) -> Any:
-    """The corpus as a memory-mapped `datasets.Dataset` with the text column.
-
-    Raises CorpusError: missing, unreadable, without the column, or empty.
-    """
-    dataset = _load(source.model_dump_json())
-    if source.text_column not in dataset.column_names:
-        raise CorpusError(
-            f"the corpus has no column {source.text_column!r}; its columns are {', '.join(dataset.column_names)}. "
-            "Set tokens.source.text_column"
-        )
-    kind = getattr(dataset.features[source.text_column], "dtype", "a list")
-    if kind not in ("string", "large_string", "null"):
+    kinds = next((found for file in files if (found := column_kinds(file))), {})
+    if not kinds:
+        raise CorpusError("the corpus is empty: it holds no documents")
+    content = [name for name in (source.content_column, source.mask_column) if name is not None]
+    for name in content:
+        if name not in kinds:
+            key = next(key for key in CONTENT_KEYS if getattr(source, key) == name)
+            raise CorpusError(
+                f"the corpus has no column {name!r}; its columns are {', '.join(kinds)}. Set tokens.source.{key}"
+            )
+    kind = kinds[source.content_column]
+    if source.text_column is not None and kind not in ("string", "null"):
         raise CorpusError(
             f"column {source.text_column!r} of the corpus holds {kind}, not text: set tokens.source.text_column"
         )
-    if not any(document[source.text_column] for document in dataset):  # stops at the first with any text
-        raise CorpusError("the corpus is empty: no document of it has any text")
-    return dataset
+    _check_carried(kinds, carried)
+    return Wanted(source.content_column, {name: kinds[name] for name in dict.fromkeys([*content, *carried])})
 
 
-def column_types(documents: Any, names: Sequence[str]) -> dict[str, str]:
-    """The store's types of the columns that rows carry along.
+def corpus_identity(
+    source: SourceConfig, files: Sequence[SourceFile], scans: Sequence[Scan], template_sha256: str | None, loss_on: str
+) -> dict[str, Any]:
+    """What decides the documents and how they become rows: the Hub commit or the files' contents, and the columns."""
+    snapshot = files[0].snapshot
+    origin: dict[str, Any] = {}
+    if snapshot is not None:
+        origin = {"dataset": snapshot.dataset, "commit": snapshot.commit, "name": source.name, "split": source.split}
+        origin["files"] = source.files
+    columns = {key: getattr(source, key) for key in CONTENT_KEYS if getattr(source, key) is not None}
+    chat = {"loss_on": loss_on, "chat_template_sha256": template_sha256} if source.messages_column else {}
+    contents = [[file.name, scan.content] for file, scan in zip(files, scans, strict=True)]
+    return {
+        **origin,
+        "num_files": len(files),
+        "files_sha256": digest_json(contents),
+        "format": files[0].format,
+        **columns,
+        **chat,
+    }
 
-    Raises ConfigError: a column is missing, reserved, or of a type that stores do not carry.
-    """
-    types: dict[str, str] = {}
-    for name in names:
-        if name not in documents.column_names or name in RESERVED_COLUMNS:
+
+def carried_value(kind: str, name: str, document: Document) -> Any:
+    """A carried column's value, of its kind or None. Raises CorpusError where the document holds another type."""
+    value = document.values[name]
+    fits = type(value) is not int or -(2**63) <= value < 2**63
+    if value is None or (fits and type(value) is {"string": str, "int64": int, "float64": float, "bool": bool}[kind]):
+        return value
+    if kind == "float64" and type(value) is int:
+        return float(value)
+    raise CorpusError(
+        f"{document.place}: column {name!r} holds a {type(value).__name__}, and the corpus' first documents hold "
+        f"{kind}: give it one type, or leave it out of tokens.columns"
+    )
+
+
+def _check_carried(kinds: dict[str, str], carried: Sequence[str]) -> None:
+    for name in carried:
+        if name not in kinds or name in RESERVED_COLUMNS:
             raise ConfigError(
-                f"tokens.columns names {name!r}: the corpus has {', '.join(documents.column_names)}, "
+                f"tokens.columns names {name!r}: the corpus has {', '.join(kinds)}, "
                 f"and {', '.join(RESERVED_COLUMNS)} are the store's own"
             )
-        found = str(getattr(documents.features[name], "dtype", "a list"))
-        kinds = {"string": "string", "int": "int64", "float": "float64", "bool": "bool", "large_string": "string"}
-        kind = next((kind for prefix, kind in kinds.items() if found.startswith(prefix)), None)
-        if kind is None:
+        if kinds[name] not in SIMPLE:
             raise ConfigError(
-                f"tokens.columns names {name!r}, which holds {found}: only {list(COLUMN_TYPES)} are carried"
+                f"tokens.columns names {name!r}, which holds {kinds[name]}: only {list(COLUMN_TYPES)} are carried"
             )
-        types[name] = kind
-    return types
-
-
-def _load_or_explain(path: str, name: str | None, **options: Any) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(path, name, **options)
-    except datasets.exceptions.DatasetGenerationError as error:
-        cause = error.__cause__ or error
-        raise CorpusError(f"the corpus cannot be read as {path}: {type(cause).__name__}: {cause}") from error
-    except (ValueError, OSError) as error:
-        raise CorpusError(f"the corpus cannot be read as {path}: {' '.join(str(error).split())}") from error
-    except (IndexError, StopIteration) as error:  # what `datasets` raises for files without a single row
-        raise CorpusError("the corpus is empty: it holds no documents") from error
-
-
-def _snapshot(source: SourceConfig) -> str:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    patterns = [*source.files, "*.md", "*.yaml"] if source.files else None
-    try:
-        return snapshot_download(
-            str(source.dataset), repo_type="dataset", revision=source.revision, allow_patterns=patterns
-        )
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())
-        raise CorpusError(
-            f"dataset {source.dataset!r} cannot be fetched from the Hub or its cache: {reason}"
-        ) from error
-
-
-def _expand(patterns: list[str]) -> list[str]:
-    """Full names of the files that the patterns stand for, sorted within a pattern."""
-    files: list[str] = []
-    for pattern in patterns:
-        try:
-            fs, path = fsspec.core.url_to_fs(pattern)
-            found = sorted(p for p in fs.glob(path) if fs.isfile(p))
-        except (ValueError, ImportError, OSError) as error:
-            raise CorpusError(f"file {pattern!r} cannot be looked up: {error}") from error
-        if not found:
-            raise CorpusError(f"no file matches {pattern!r} (tokens.source.files)")
-        files += found if "file" in fs.protocol else [fs.unstrip_protocol(path) for path in found]
-    return files
-
-
-def _format(source: SourceConfig, files: list[str]) -> str:
-    if source.format is not None:
-        return source.format
-    formats = {next((f for ending, f in ENDINGS.items() if path.endswith(ending)), None) for path in files}
-    if len(formats) != 1 or None in formats:
-        raise CorpusError(
-            f"the format of {files[0]} and others is not clear from the ending: set tokens.source.format to "
-            "json, parquet, arrow or text"
-        )
-    return str(formats.pop())
-
-
-def _content_key(path: str) -> str:
-    fs, name = fsspec.core.url_to_fs(path)
-    return file_sha256(name) if "file" in fs.protocol else str(fs.ukey(name))

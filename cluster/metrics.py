@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from cluster import ray_cluster
+from cluster import ray_workers
 from cluster.account import Account
 from cluster.pool import Event
 
@@ -34,7 +34,7 @@ class Metrics:
 
     def __init__(self, store_url: str) -> None:
         self._tags = {"store": store_url.rstrip("/").rsplit("/", 1)[-1]}
-        self._meters = {metric.name: ray_cluster.meter(*metric) for metric in METRICS}
+        self._meters = {metric.name: ray_workers.meter(*metric) for metric in METRICS}
 
     def take(self, event: Event, account: Account) -> None:
         """Count an event in, after ``account`` has."""

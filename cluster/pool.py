@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from cluster import ray_cluster
+from cluster import ray_workers
 from cluster.config import ClusterConfig
-from cluster.ray_cluster import WorkerDied
+from cluster.ray_workers import WorkerDied
 from cluster.schedule import Cause, Schedule, Task
 from logit_store.errors import TeacherError, UnavailableError
 
@@ -72,14 +72,14 @@ class Pool:
         finally:
             alive = [slot for slot in self._slots if slot.worker is not None]
             idle = [slot for slot in alive if slot.is_ready and not slot.tasks]
-            ray_cluster.stop_workers([slot.worker for slot in alive if slot not in idle], gently=False)
-            ray_cluster.stop_workers([slot.worker for slot in idle], gently=True)
+            ray_workers.stop_workers([slot.worker for slot in alive if slot not in idle], gently=False)
+            ray_workers.stop_workers([slot.worker for slot in idle], gently=True)
 
     def _fill(self, slot: _Slot, now: float) -> None:
         """Start a worker in an empty place, if there is something left for it."""
         if slot.worker is None and slot.not_before <= now and self.schedule.num_left > self._num_in_flight():
-            slot.worker = ray_cluster.start_worker(self.config, self._worker, self._arguments)
-            slot.starting = ray_cluster.call(slot.worker, "start")
+            slot.worker = ray_workers.start_worker(self.config, self._worker, self._arguments)
+            slot.starting = ray_workers.call(slot.worker, "start")
             slot.is_fresh = True
 
     def _num_in_flight(self) -> int:
@@ -91,7 +91,7 @@ class Pool:
             task = self.schedule.next(slot.number, len(slot.tasks), slot.is_fresh, now)
             if task is None:
                 break
-            slot.tasks[ray_cluster.call(slot.worker, "work", task)] = task
+            slot.tasks[ray_workers.call(slot.worker, "work", task)] = task
             slot.is_fresh = False
         if slot.is_ready and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
             self._empty(slot)
@@ -104,12 +104,12 @@ class Pool:
             waited_for |= dict.fromkeys([*slot.tasks, *([] if slot.starting is None else [slot.starting])], slot)
         wakes = [self.schedule.wakes_at(), *(slot.not_before for slot in self._slots if slot.worker is None)]
         delays = [at - now for at in wakes if at is not None and at > now]
-        done = ray_cluster.wait(list(waited_for), max(0.01, min(TICK_S, *delays)) if delays else TICK_S)
+        done = ray_workers.wait(list(waited_for), max(0.01, min(TICK_S, *delays)) if delays else TICK_S)
         dead: dict[int, WorkerDied] = {}
         for reference in done:
             slot = waited_for[reference]
             try:
-                result = ray_cluster.result(reference)
+                result = ray_workers.result(reference)
             except WorkerDied as death:
                 dead.setdefault(slot.number, death)
                 continue
@@ -163,7 +163,7 @@ class Pool:
 
     def _empty(self, slot: _Slot) -> None:
         """End the worker for certain: one that only seems dead must not go on beside its successor."""
-        ray_cluster.stop_workers([slot.worker], gently=False)
+        ray_workers.stop_workers([slot.worker], gently=False)
         slot.worker, slot.starting, slot.tasks = None, None, {}
 
 

@@ -3,15 +3,13 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import TargetsConfig, TeacherConfig
 from cluster.hashing import model_folder, weights_sha256
-from cluster.targets import Selector
-from cluster.teacher import Teacher, build_teacher
 from logit_store import LogitStore
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError, TeacherError
@@ -20,6 +18,9 @@ from logit_store.tools.diff import RowDifference, print_differences
 from logit_store.tools.difference import LIKELY, Difference, Labels, compare
 from logit_store.tools.outputs import finite
 from logit_store.tools.progress import progress_bar
+
+if TYPE_CHECKING:
+    from cluster.teacher import Teacher
 
 ROWS_PER_CALL = 16
 """Rows that the teacher gets at a time, so that the progress bar moves."""
@@ -112,9 +113,12 @@ def _random_rows(store: LogitStore, num_rows: int, seed: int) -> NDArray[np.int6
     return np.sort(rng.choice(candidates, min(num_rows, len(candidates)), replace=False))
 
 
-def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], was_on_gpu: bool) -> Teacher:
+def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], was_on_gpu: bool) -> "Teacher":
     """The teacher as it was, to be asked what it was asked: a slice for fewer entries than its parent."""
     import torch
+
+    from cluster.targets import Selector
+    from cluster.teacher import build_teacher
 
     targets = parse_config(TargetsConfig, labels["targets"], "the store's targets")
     if targets.k is not None:
@@ -125,7 +129,7 @@ def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], 
     return build_teacher(config, selector, int(store.lengths_N.max()), on_gpu)
 
 
-def _differences(store: LogitStore, backend: Teacher, rows: NDArray[np.int64]) -> list[RowDifference]:
+def _differences(store: LogitStore, backend: "Teacher", rows: NDArray[np.int64]) -> list[RowDifference]:
     found: list[RowDifference] = []
     with progress_bar("rescore", len(rows), "rows") as advance:
         for start in range(0, len(rows), ROWS_PER_CALL):

@@ -1,91 +1,113 @@
 """`decant tokenize`: documents become rows of tokens, in shards that every teacher can score."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
+from itertools import islice
+from typing import Any, NamedTuple
 
-import numpy as np
-
-from cluster import ray_cluster
-from cluster.config import CacheConfig, TokensConfig
-from cluster.corpus import column_types, corpus_identity, load_documents
+from cluster import ray_cluster, ray_tasks
+from cluster.chat import ChatEncoder, chat_template
+from cluster.config import CacheConfig, ClusterConfig, TokensConfig
+from cluster.corpus import Corpus, corpus_identity, first_documents, take, wanted_columns
+from cluster.documents import Document
+from cluster.files import SourceFile, find_files
 from cluster.progress import shard_progress
-from logit_store import SPLITS, Storage, TokenRow, TokenStore, writer
+from cluster.scan import Scan, Wanted, keep_scan, known_scan, scan_files
+from cluster.windows import Encoder, IdsEncoder, TextEncoder, document_rows
+from logit_store import Storage, TokenRow, TokenStore, writer
 from logit_store.errors import ConfigError, CorpusError
-from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE
+from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, record_name
 from logit_store.identity import HEADER_IDENTITY, digest
 from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
 
 IDENTITY = HEADER_IDENTITY["tokens"]
+NOT_YET_KNOWN = ("corpus", "num_shards")
+"""Fields of the identity for which the corpus has to be looked through."""
+
+BYTES_PER_SHARD = 4 * 2**20
+"""About a million tokens: four bytes of text make one."""
+
+FEW_BYTES = 32 * 2**20
+"""The driver looks through a corpus of this size by itself: that takes a second, and starting a cluster takes more."""
+
+MAX_TASKS = 4096
+"""A task costs the driver some 10 kB of memory and 5 ms, so that more shards than this share tasks."""
+
+READERS_PER_FILE = 16
+"""Tasks that read one compressed file, each from its beginning on: decompressing is some fifty times as fast as
+tokenising, so that sixteen half files more cost less than a fifth."""
+
+BATCH_DOCUMENTS = 256
+
+
+class Job(NamedTuple):
+    """What all tasks share, by Ray's object store."""
+
+    tokens: TokensConfig
+    header: dict[str, Any]
+    corpus: Corpus
+    template: str | None
+    """Text of the chat template, for conversations."""
 
 
 def tokenize(config: CacheConfig) -> TokenStore:
     """Make the token store that ``config.tokens`` describes, or find it made; return it opened.
 
+    The driver sees names, counts and records, and a few documents to try the config on before a cluster is started.
     Raises ConfigError, CorpusError, StoreError.
     """
-    tokens = config.tokens
-    header = _header(tokens)
-    storage = Storage(tokens.path)
-    writer.check(storage, header, IDENTITY)
-    if not storage.exists(MANIFEST):
-        num_shards = header["num_shards"]
-        todo = sorted(set(range(num_shards)) - set(writer.committed(storage, num_shards)))
-        with ray_cluster.session(config.cluster), shard_progress("tokenize", num_shards, num_shards - len(todo)) as bar:
+    tokens, storage = config.tokens, Storage(config.tokens.path)
+    files = find_files(tokens.source)
+    wanted = wanted_columns(files, tokens.source, tokens.columns)
+    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    template = chat_template(tokens, tokenizer)
+    header = _header(tokens, tokenizer, wanted)
+    writer.check(storage, header, [field for field in IDENTITY if field not in NOT_YET_KNOWN])
+    _try_out(files, wanted, header, make_encoder(tokens, tokenizer, template))
+    with _Cluster(config.cluster) as cluster:
+        scans = _scan(files, wanted, cluster)
+        header |= _corpus_fields(tokens, files, scans, template)
+        writer.check(storage, header, IDENTITY)
+        if not storage.exists(MANIFEST):
+            cluster.start()
             header = writer.begin(storage, header, IDENTITY)
-            for record in ray_cluster.map_tasks(tokenize_shard, [(tokens, header, shard) for shard in todo]):
-                bar(record)
-        files = tokenizer_files(load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision))
-        writer.finish(storage, header, files)
+            _make_shards(storage, Job(tokens, header, Corpus.of_scans(files, scans, wanted.kinds), template))
+            writer.finish(storage, header, tokenizer_files(tokenizer))
     return TokenStore.open(tokens.path)
 
 
-def tokenize_shard(tokens: TokensConfig, header: dict[str, Any], shard: int) -> dict[str, Any]:
-    """Tokenise the ``shard``-th of ``num_shards`` stretches of documents and commit it."""
-    documents = load_documents(tokens.source)
-    num_shards = min(tokens.num_shards, len(documents))
-    start, stop = (len(documents) * i // num_shards for i in (shard, shard + 1))
-    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
-    rows: list[TokenRow] = []
-    for first in range(start, stop, 256):
-        batch = documents[first : min(first + 256, stop)]
-        carried = {name: batch[name] for name in tokens.columns}
-        texts = batch[tokens.source.text_column]
-        rows += document_rows(texts, tokenizer, tokens.window, tokens.held_out, carried)
-    return writer.commit_tokens(Storage(tokens.path), shard, rows, header)
+def tokenize_shards(job: Job, shards: range) -> list[dict[str, Any]]:
+    """Tokenise and commit consecutive shards, in one pass over their documents; how much each of them holds.
 
-
-def document_rows(
-    texts: list[str],
-    tokenizer: Any,
-    window: int,
-    held_out: float,
-    columns: Mapping[str, Sequence[Any]] = MappingProxyType({}),
-) -> list[TokenRow]:
-    """Rows of the documents, in order: tokens and one end-of-text token, cut into consecutive windows.
-
-    Each row carries its document's values of ``columns``. Documents without text give no rows. A document's split is
-    decided by its text alone, so that a duplicate of a held-out document is held out as well. Raises CorpusError where
-    a text is not a string.
+    A shard that is committed already, by an attempt of this task that was killed, is passed over.
     """
-    for text in texts:
-        if text is not None and not isinstance(text, str):
-            raise CorpusError(
-                f"a document's text is {type(text).__name__}, not a string: set tokens.source.text_column"
-            )
-    filled = [i for i, text in enumerate(texts) if text]
-    if not filled:
-        return []
-    rows = []
-    for i, ids in zip(filled, tokenizer([texts[i] for i in filled])["input_ids"], strict=True):
-        text, carried = texts[i], {name: values[i] for name, values in columns.items()}
-        if not ids or ids[-1] != tokenizer.eos_token_id:
-            ids = [*ids, tokenizer.eos_token_id]
-        number = int(digest(text.encode("utf-8", "surrogatepass"))[:16], 16) >> 1  # 63 bits
-        split = SPLITS[number < held_out * 2**63]
-        for start in range(0, len(ids), window):
-            rows.append(TokenRow(number, split, np.asarray(ids[start : start + window], np.int32), None, carried))
-    return rows
+    storage, num_shards = Storage(job.tokens.path), job.header["num_shards"]
+    encoder = _encoder_of_process(job.tokens.model_dump_json(), job.template)
+    bounds = [len(job.corpus) * shard // num_shards for shard in (*shards, shards.stop)]
+    documents = job.corpus.read(bounds[0], bounds[-1])
+    done = []
+    for shard, start, stop in zip(shards, bounds, bounds[1:], strict=False):
+        mine = take(documents, stop - start)
+        if storage.exists(record_name(shard)):
+            record = writer.read_record(storage, shard)
+            for _ in mine:
+                pass
+        else:
+            record = writer.commit_tokens(storage, shard, _rows(mine, encoder, job.header), job.header)
+        done.append({name: record[name] for name in ("rows", "tokens")})
+    return done
+
+
+def stretches(shards: Sequence[int], longest: int) -> list[range]:
+    """Runs of consecutive shards, at most ``longest`` each; ``shards`` ascend."""
+    found: list[range] = []
+    for shard in shards:
+        if found and found[-1].stop == shard and len(found[-1]) < longest:
+            found[-1] = range(found[-1].start, shard + 1)
+        else:
+            found.append(range(shard, shard + 1))
+    return found
 
 
 def load_tokenizer(name: str, revision: str | None) -> Any:
@@ -97,27 +119,121 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(f"no tokenizer at {name!r} (tokens.tokenizer): {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise ConfigError(f"tokenizer {name!r} has no end-of-text token, and each document must end with one")
     if vocabulary_size(tokenizer) > MAX_VOCABULARY_SIZE:
         raise ConfigError(f"tokenizer {name!r} has ids beyond {MAX_VOCABULARY_SIZE:,}")
     return tokenizer
 
 
-def _header(tokens: TokensConfig) -> dict[str, Any]:
-    corpus = corpus_identity(tokens.source)
-    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
-    documents = load_documents(tokens.source)
-    num_documents = len(documents)
+def make_encoder(tokens: TokensConfig, tokenizer: Any, template: str | None) -> Encoder:
+    """What makes tokens of the config's kind of documents. Raises ConfigError: the tokenizer cannot."""
+    if template is not None:
+        tokenizer.chat_template = template  # the store's tokenizer files carry it to the students
+        return ChatEncoder(tokens, tokenizer, template)
+    kind = TextEncoder if tokens.source.text_column is not None else IdsEncoder
+    return kind(tokens.source, tokenizer)
+
+
+@lru_cache(maxsize=1)
+def _encoder_of_process(tokens_json: str, template: str | None) -> Encoder:
+    """Tasks of one job follow each other in a process: the tokenizer is loaded once."""
+    tokens = TokensConfig.model_validate_json(tokens_json)
+    return make_encoder(tokens, load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision), template)
+
+
+def _rows(documents: Iterator[Document], encoder: Encoder, header: dict[str, Any]) -> list[TokenRow]:
+    rows: list[TokenRow] = []
+    while batch := list(islice(documents, BATCH_DOCUMENTS)):
+        rows += document_rows(batch, encoder, header["window"], header["held_out"], header["columns"])
+    return rows
+
+
+def _try_out(files: Sequence[SourceFile], wanted: Wanted, header: dict[str, Any], encoder: Encoder) -> None:
+    """Make the corpus' first row, so that what is wrong with all documents is found at once. Raises CorpusError."""
+    documents = first_documents(files, tuple(wanted.kinds))
+    any_document = False
+    while batch := list(islice(documents, 16)):
+        any_document = True
+        if document_rows(batch, encoder, header["window"], header["held_out"], header["columns"]):
+            return
+    if not any_document:
+        raise CorpusError("the corpus is empty: it holds no documents")
+    what = "text" if isinstance(encoder, TextEncoder) else "tokens that carry loss"
+    raise CorpusError(f"the corpus is empty: no document of it has any {what}")
+
+
+def _scan(files: list[SourceFile], wanted: Wanted, cluster: "_Cluster") -> list[Scan]:
+    """What is known of each file: from an earlier command, or from looking through the files now."""
+    scans = {i: scan for i, file in enumerate(files) if (scan := known_scan(file, wanted)) is not None}
+    unknown = [i for i in range(len(files)) if i not in scans]
+    if sum(files[i].num_bytes for i in unknown) <= FEW_BYTES:
+        for i in unknown:
+            scans[i] = scan_files(wanted, [files[i]])[0]
+            keep_scan(files[i], wanted, scans[i])
+    elif todo := stretches(unknown, -(-len(files) // MAX_TASKS)):
+        cluster.start()
+        with shard_progress("scan", len(files), len(scans)) as bar:
+            items = [(stretch, files[stretch.start : stretch.stop]) for stretch in todo]
+            for stretch, found in ray_tasks.map_tasks(_scan_stretch, wanted, items):
+                for i, scan in zip(stretch, found, strict=True):
+                    scans[i] = scan
+                    keep_scan(files[i], wanted, scan)
+                    bar({"tokens": 0})
+    return [scans[i] for i in range(len(files))]
+
+
+def _scan_stretch(wanted: Wanted, item: tuple[range, list[SourceFile]]) -> tuple[range, list[Scan]]:
+    return item[0], scan_files(wanted, item[1])
+
+
+def _make_shards(storage: Storage, job: Job) -> None:
+    num_shards = job.header["num_shards"]
+    names = set(storage.names("shards"))
+    todo = [s for s in range(num_shards) if record_name(s).removeprefix("shards/") not in names]
+    longest = -(-len(todo) // MAX_TASKS)
+    if any(file.is_compressed for file in job.corpus.files):
+        longest = max(longest, -(-num_shards // (READERS_PER_FILE * len(job.corpus.files))))
+    with shard_progress("tokenize", num_shards, num_shards - len(todo)) as bar:
+        for records in ray_tasks.map_tasks(tokenize_shards, job, stretches(todo, longest)):
+            for record in records:
+                bar(record)
+
+
+def _header(tokens: TokensConfig, tokenizer: Any, wanted: Wanted) -> dict[str, Any]:
     return {
         "kind": TokenStore.kind,
-        "corpus": corpus,
-        "num_documents": num_documents,
         "tokenizer": describe_tokenizer(tokenizer),
         "tokenizer_name": tokens.tokenizer,
         "vocabulary_size": vocabulary_size(tokenizer),
         "window": tokens.window,
         "held_out": tokens.held_out,
-        "columns": column_types(documents, tokens.columns),
-        "num_shards": min(tokens.num_shards, num_documents),
+        "columns": {name: wanted.kinds[name] for name in tokens.columns},
     }
+
+
+def _corpus_fields(
+    tokens: TokensConfig, files: list[SourceFile], scans: Sequence[Scan], template: str | None
+) -> dict[str, Any]:
+    """The header's fields that depend on all of the corpus."""
+    num_documents = sum(scan.measure.num_documents for scan in scans)
+    num_bytes = sum(scan.measure.num_bytes for scan in scans)
+    template_sha256 = None if template is None else digest(template.encode())
+    num_shards = tokens.num_shards or min(max(-(-num_bytes // BYTES_PER_SHARD), 1), 1_000_000)
+    return {
+        "corpus": corpus_identity(tokens.source, files, scans, template_sha256, tokens.loss_on),
+        "num_documents": num_documents,
+        "num_shards": min(num_shards, num_documents),
+    }
+
+
+class _Cluster(ExitStack):
+    """A Ray session that begins when it is first needed: nothing is started to find everything done."""
+
+    def __init__(self, config: ClusterConfig) -> None:
+        super().__init__()
+        self.config, self.is_started = config, False
+
+    def start(self) -> None:
+        """Start or join the cluster, if that has not happened yet."""
+        if not self.is_started:
+            self.enter_context(ray_cluster.session(self.config))
+            self.is_started = True

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -123,7 +123,7 @@ def in_process_workers() -> Any:
     """Within the block, `cache` scores its shards in this process instead of in actors."""
     from concurrent.futures import Future
 
-    from cluster import ray_cluster
+    from cluster import ray_cluster, ray_workers
 
     @contextmanager
     def session(_config: Any) -> Iterator[None]:
@@ -137,14 +137,15 @@ def in_process_workers() -> Any:
             future.set_exception(error)
         return future
 
-    return mock.patch.multiple(
-        ray_cluster,
-        session=session,
-        check_room=mock.Mock(),
-        meter=mock.Mock(),
-        start_worker=lambda _config, worker, arguments: worker(*arguments),
-        call=call,
-        wait=lambda calls, _timeout_s: calls,
-        result=lambda future: future.result(),
-        stop_workers=mock.Mock(),
-    )
+    stack = ExitStack()
+    stack.enter_context(mock.patch.multiple(ray_cluster, session=session, check_room=mock.Mock()))
+    here: dict[str, Any] = {
+        "meter": mock.Mock(),
+        "start_worker": lambda _config, worker, arguments: worker(*arguments),
+        "call": call,
+        "wait": lambda calls, _timeout_s: calls,
+        "result": lambda future: future.result(),
+        "stop_workers": mock.Mock(),
+    }
+    stack.enter_context(mock.patch.multiple(ray_workers, **here))
+    return stack

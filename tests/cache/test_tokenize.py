@@ -1,28 +1,41 @@
-"""From documents to rows: windows, ends, splits, sources."""
+"""From documents to rows: windows, ends, splits, masks; and the verb around them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cluster.config import CacheConfig, SourceConfig
-from cluster.corpus import corpus_identity, load_documents
-from cluster.tokenize import document_rows, load_tokenizer
-from logit_store.config import parse_config
-from logit_store.errors import ConfigError, CorpusError
+from cluster.config import SourceConfig, TokensConfig
+from cluster.documents import Document
+from cluster.files import SourceFile
+from cluster.tokenize import load_tokenizer, make_encoder, stretches
+from cluster.windows import document_rows
+from logit_store import TokenRow
+from logit_store.errors import ConfigError, CorpusError, IdentityError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size
 from tests.toy import WINDOW
 
+pytestmark = pytest.mark.usefixtures("own_memory")
+
 TEXTS = ["def f(x):\n    return x\n" * 20, "import os", "", "class A: pass\n" * 50]
+FILE = SourceFile("c.jsonl", "c.jsonl", "json", "", 0)
+
+
+def text_rows(texts: list[Any], tokenizer: Any, held_out: float) -> list[TokenRow]:
+    encoder = make_encoder(TokensConfig(path="", source=SourceConfig(files=["x"]), tokenizer=""), tokenizer, None)
+    documents = [Document({"text": text}, FILE, i + 1) for i, text in enumerate(texts)]
+    return document_rows(documents, encoder, WINDOW, held_out, {})
 
 
 def test_rows_are_the_documents_in_consecutive_windows(tokenizer: Path) -> None:
     loaded = load_tokenizer(str(tokenizer), None)
-    rows = document_rows(TEXTS, loaded, WINDOW, 0.5)
+    rows = text_rows(TEXTS, loaded, 0.5)
     documents: dict[int, list[int]] = {}
     for row in rows:
         assert 1 <= len(row.input_ids_T) <= WINDOW
@@ -36,16 +49,16 @@ def test_rows_are_the_documents_in_consecutive_windows(tokenizer: Path) -> None:
 def test_the_split_is_the_texts_own(tokenizer: Path) -> None:
     loaded = load_tokenizer(str(tokenizer), None)
     texts = [f"x = {i}" for i in range(2000)]
-    splits = [row.split for row in document_rows(texts, loaded, WINDOW, 0.2)]
+    splits = [row.split for row in text_rows(texts, loaded, 0.2)]
     assert 0.16 < splits.count("held_out") / 2000 < 0.24
-    assert splits[::-1] == [row.split for row in document_rows(texts[::-1], loaded, WINDOW, 0.2)]
-    assert {row.split for row in document_rows(texts, loaded, WINDOW, 0.0)} == {"train"}
+    assert splits[::-1] == [row.split for row in text_rows(texts[::-1], loaded, 0.2)]
+    assert {row.split for row in text_rows(texts, loaded, 0.0)} == {"train"}
 
 
 def test_a_shared_store_holds_the_corpus(tokens: Any, corpus: Path, tokenizer: Path) -> None:
     loaded = load_tokenizer(str(tokenizer), None)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
-    expected = document_rows(texts, loaded, WINDOW, 0.2)
+    expected = text_rows(texts, loaded, 0.2)
     assert len(tokens) == len(expected)
     for i, row in enumerate(expected):
         np.testing.assert_array_equal(tokens[i].input_ids_T, row.input_ids_T)
@@ -55,78 +68,20 @@ def test_a_shared_store_holds_the_corpus(tokens: Any, corpus: Path, tokenizer: P
     assert tokens.manifest["vocabulary_size"] == vocabulary_size(loaded) == 400
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet", "arrow", "txt"])
-def test_files_of_every_format(tmp_path: Path, kind: str) -> None:
-    texts = [text for text in TEXTS if text]
-    if kind == "txt":
-        for i, text in enumerate(texts):
-            (tmp_path / f"{i}.txt").write_text(text)
-    elif kind == "jsonl":
-        (tmp_path / "c.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    else:
-        table = pa.table({"text": texts})
-        if kind == "parquet":
-            pa.parquet.write_table(table, tmp_path / "c.parquet")
-        else:
-            with pa.ipc.new_file(str(tmp_path / "c.arrow"), table.schema) as writer:
-                writer.write_table(table)
-    source = SourceConfig(files=[str(tmp_path / f"*.{kind}")])
-    assert list(load_documents(source)["text"]) == texts
-
-
-def test_files_behind_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datasets
-    import fsspec
-
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)  # it would refuse every URL, memory:// too
-    with fsspec.open("memory://corpus/c.jsonl", "w") as file:
-        file.write("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    source = SourceConfig(files=["memory://corpus/*.jsonl"])
-    assert list(load_documents(source)["text"]) == TEXTS
-    before = corpus_identity(source)
-    with fsspec.open("memory://corpus/c.jsonl", "w") as file:
-        file.write(json.dumps({"text": "other"}))
-    assert corpus_identity(source) != before
-
-
-def test_a_hub_dataset_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout of `~/.cache/huggingface/hub`, made by hand; nothing is asked of the network."""
-    commit = "0123456789abcdef0123456789abcdef01234567"
-    repository = tmp_path / "datasets--someone--sources"
-    snapshot = repository / "snapshots" / commit
-    snapshot.mkdir(parents=True)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
-    (snapshot / "train.jsonl").write_text("".join(json.dumps({"body": text}) + "\n" for text in TEXTS))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    source = SourceConfig(dataset="someone/sources", text_column="body")
-    assert list(load_documents(source)["body"]) == TEXTS
-    assert corpus_identity(source)["commit"] == commit
-    with pytest.raises(CorpusError, match="'someone/nothing' cannot be fetched from the Hub or its cache"):
-        load_documents(SourceConfig(dataset="someone/nothing"))
-
-
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [
-        ({}, "no file matches"),
-        ({"a.jsonl": ""}, "empty"),
-        ({"a.jsonl": '{"body": "x"}\n'}, "no column 'text'; its columns are body"),
-        ({"a.jsonl": "not json\n"}, "cannot be read as json"),
-        ({"a.csv": "x"}, "format of .* is not clear"),
-        ({"a.jsonl": "{}\n", "b.parquet": ""}, "format of .* is not clear"),
-    ],
-)
-def test_a_corpus_that_cannot_be_read(tmp_path: Path, files: dict[str, str], message: str) -> None:
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    with pytest.raises(CorpusError, match=message):
-        load_documents(SourceConfig(files=[str(tmp_path / "*")]))
+def test_a_shared_stores_shards_are_equal_numbers_of_documents(tokens: Any, corpus: Path, tokenizer: Path) -> None:
+    """Shard s is the documents [n·s/S, n·(s+1)/S), whoever reads them."""
+    loaded = load_tokenizer(str(tokenizer), None)
+    texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
+    for shard in range(8):
+        mine = texts[20 * shard // 8 : 20 * (shard + 1) // 8]
+        rows = range(int(tokens.shards.starts[shard]), int(tokens.shards.starts[shard + 1]))
+        expected = [row.input_ids_T.tolist() for row in text_rows(mine, loaded, 0.2)]
+        assert [tokens[i].input_ids_T.tolist() for i in rows] == expected
 
 
 def test_a_text_that_is_no_text(tokenizer: Path) -> None:
-    with pytest.raises(CorpusError, match="text is int, not a string"):
-        document_rows([3], load_tokenizer(str(tokenizer), None), WINDOW, 0.0)  # type: ignore[list-item]
+    with pytest.raises(CorpusError, match=r"c\.jsonl, line 2: the text is int, not a string"):
+        text_rows(["x", 3], load_tokenizer(str(tokenizer), None), 0.0)
 
 
 def test_padding_and_truncation_do_not_change_a_tokenizers_identity(tokenizer: Path) -> None:
@@ -144,46 +99,166 @@ def test_no_tokenizer(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path), None)
 
 
-def tokenize_here(tmp_path: Path, tokenizer: Path, columns: list[str]) -> Any:
-    """`decant tokenize` of a small Parquet file, its tasks run in this process."""
-    from contextlib import nullcontext
-    from unittest import mock
-
-    from cluster import ray_cluster
-    from cluster.tokenize import tokenize
-
-    table = {"text": TEXTS, "url": [f"https://example.org/{i}" for i in range(4)], "stars": [1, None, 3, 4]}
-    table |= {"score": [0.5, 1.5, 2.5, 3.5], "fork": [True, False, True, False], "tags": [["a"], [], ["b"], []]}
-    pa.parquet.write_table(pa.table(table), tmp_path / "documents.parquet")
-    raw = {
-        "tokens": {"path": str(tmp_path / "tokens"), "source": {"files": [str(tmp_path / "documents.parquet")]},
-                   "tokenizer": str(tokenizer), "window": WINDOW, "num_shards": 2, "columns": columns},
-        "teacher": {"model": "none"}, "store": {"path": str(tmp_path / "store")},
-    }  # fmt: skip
-    config = parse_config(CacheConfig, raw, "test")
-    here: dict[str, Any] = {
-        "session": lambda _: nullcontext(),
-        "map_tasks": lambda f, items: (f(*item) for item in items),
-    }
-    with mock.patch.multiple(ray_cluster, **here):
-        return tokenize(config)
+# The verb, its tasks run in this process
 
 
-def test_rows_carry_the_columns_that_were_asked_for(tmp_path: Path, tokenizer: Path) -> None:
-    store = tokenize_here(tmp_path, tokenizer, ["url", "stars", "score", "fork"])
+@pytest.fixture
+def table(tmp_path: Path) -> dict[str, Any]:
+    """The source of a Parquet file with columns of every type."""
+    columns = {"text": TEXTS, "url": [f"https://example.org/{i}" for i in range(4)], "stars": [1, None, 3, 4]}
+    columns |= {"score": [0.5, 1.5, 2.5, 3.5], "fork": [True, False, True, False], "tags": [["a"], [], ["b"], []]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "documents.parquet")
+    return {"files": [str(tmp_path / "documents.parquet")]}
+
+
+def test_rows_carry_the_columns_that_were_asked_for(
+    tokenize_here: Callable[..., Any], table: dict[str, Any], tmp_path: Path
+) -> None:
+    names = ["url", "stars", "score", "fork"]
+    store = tokenize_here(table, columns=names)
     assert store.manifest["columns"] == {"url": "string", "stars": "int64", "score": "float64", "fork": "bool"}
     carried = [dict(store[i].columns) for i in range(len(store))]
     assert carried[0] == {"url": "https://example.org/0", "stars": 1, "score": 0.5, "fork": True}
     assert {row["url"][-1] for row in carried} == {"0", "1", "3"}  # the third document has no text
     assert [row["stars"] for row in carried if row["url"][-1] == "1"] == [None]
+    lines = pa.parquet.read_table(table["files"][0]).to_pylist()
+    again = tokenize_here(lines, columns=names, path=str(tmp_path / "lines"))
+    assert again.manifest["columns"] == store.manifest["columns"]
+    assert [dict(again[i].columns) for i in range(len(again))] == carried
 
 
 @pytest.mark.parametrize(
-    ("columns", "reason"), [(["author"], "names 'author'.*text, url"), (["tags"], "only"), (["input_ids"], "own")]
+    ("columns", "reason"), [(["author"], "names 'author'"), (["tags"], "only"), (["input_ids"], "own")]
 )
 def test_columns_that_cannot_be_carried_are_named(
-    tmp_path: Path, tokenizer: Path, columns: list[str], reason: str
+    refused: Callable[..., str], table: dict[str, Any], columns: list[str], reason: str
 ) -> None:
-    with pytest.raises(ConfigError, match=reason):
-        tokenize_here(tmp_path, tokenizer, columns)
-    assert not (tmp_path / "tokens").exists()
+    assert reason in refused(table, columns=columns)
+    assert "text_column" in refused(table, text_column="stars")
+
+
+def test_a_finished_store_needs_no_cluster_and_another_corpus_another_directory(
+    tokenize_here: Callable[..., Any],
+) -> None:
+    documents = [{"text": text} for text in TEXTS]
+    first = tokenize_here(documents)
+    assert len(tokenize_here(documents, starts_cluster=False)) == len(first)
+    with pytest.raises(IdentityError, match="window is 48 there and 40 here"):
+        tokenize_here(documents, starts_cluster=False, window=40)
+    with pytest.raises(IdentityError, match="corpus is"):
+        tokenize_here(documents[:3], starts_cluster=False)
+
+
+def test_committed_shards_are_not_made_again(tokenize_here: Callable[..., Any], tmp_path: Path) -> None:
+    documents = [{"text": f"x = {i}"} for i in range(40)]
+    tokenize_here(documents, num_shards=10)
+    folder = tmp_path / "tokens"
+    before = {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
+    for name in ("manifest.json", "shards/000003.json", "shards/000004.json", "shards/000009.json"):
+        (folder / name).unlink()
+    with mock.patch("cluster.tokenize.document_rows", wraps=document_rows) as made:
+        tokenize_here(documents, num_shards=10)
+    assert made.call_count == 1 + 3  # the driver's trial, and the three shards
+    assert {path.name: path.read_bytes() for path in (folder / "shards").iterdir()} == before
+
+
+def test_the_number_of_shards_follows_from_the_bytes(tokenize_here: Callable[..., Any]) -> None:
+    documents = [{"text": "x = 1", "other": "y" * 100_000} for _ in range(90)]  # 9 MB of lines
+    assert tokenize_here(documents, num_shards=None).manifest["num_shards"] == 3
+
+
+def test_stretches_are_runs_of_consecutive_shards() -> None:
+    assert stretches([], 4) == []
+    assert stretches([0, 1, 2, 5, 6, 9], 2) == [range(0, 2), range(2, 3), range(5, 7), range(9, 10)]
+    many = stretches(range(1_000_000), 245)
+    assert len(many) <= 4096
+    assert [shard for stretch in many[:9] for shard in stretch] == list(range(9 * 245))
+
+
+# Token ids
+
+
+def rows_of(store: Any) -> list[tuple[list[int], list[bool]]]:
+    rows = [store[i] for i in range(len(store))]
+    return [(row.input_ids_T.tolist(), row.carries_loss_P.tolist()) for row in rows]
+
+
+def test_ids_are_taken_as_they_are(tokenize_here: Callable[..., Any], tmp_path: Path) -> None:
+    ids = [list(range(100)), [], [7], None, [5, 6, 7]]
+    expected = [(list(range(48)), [True] * 47), (list(range(48, 96)), [True] * 47), ([96, 97, 98, 99], [True] * 3)]
+    expected += [([7], []), ([5, 6, 7], [True, True])]
+    assert rows_of(tokenize_here([{"ids": value} for value in ids], ids_column="ids")) == expected
+    for name, kind in (("a", pa.list_(pa.int32())), ("b", pa.large_list(pa.uint16())), ("c", pa.list_(pa.int64()))):
+        pa.parquet.write_table(pa.table({"ids": pa.array(ids, kind)}), tmp_path / f"{name}.parquet")
+        store = tokenize_here(
+            {"files": [str(tmp_path / f"{name}.parquet")]}, ids_column="ids", path=f"{tmp_path}/{name}"
+        )
+        assert rows_of(store) == expected
+
+
+def test_a_mask_of_tokens_becomes_one_of_positions(tokenize_here: Callable[..., Any]) -> None:
+    rng = np.random.default_rng(0)
+    documents = [
+        {"ids": rng.integers(0, 400, length).tolist(), "mask": (rng.random(length) < share).astype(int).tolist()}
+        for length, share in [(1, 1), (2, 1), (48, 0.5), (49, 0.1), (150, 0.02), (30, 0), (97, 1)]
+    ]
+    expected = []
+    for document in documents:
+        for start in range(0, len(document["ids"]), WINDOW):
+            ids = document["ids"][start : start + WINDOW]
+            loss = [document["mask"][start + t + 1] == 1 for t in range(len(ids) - 1)]
+            if any(loss):
+                expected.append((ids, loss))
+    assert rows_of(tokenize_here(documents, ids_column="ids", mask_column="mask")) == expected
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"ids": [1, 400]}, "c.jsonl, line 2: id 400 is outside of the vocabulary of 400"),
+        ({"ids": [-1]}, "c.jsonl, line 2: id -1 is outside"),
+        ({"ids": [1.5]}, "c.jsonl, line 2: column 'ids' must hold a list of whole numbers"),
+        ({"ids": "1 2"}, "c.jsonl, line 2: column 'ids' must hold a list of whole numbers"),
+        ({"ids": [2**70]}, "c.jsonl, line 2: column 'ids' holds numbers beyond 64 bits"),
+        ({"ids": [1, 2], "mask": [1]}, "must hold a 0 or a 1 for each of the 2 ids; it holds 1 values"),
+        ({"ids": [1, 2], "mask": [1, 2]}, "must hold a 0 or a 1 for each"),
+    ],
+)
+def test_ids_that_are_none(refused: Callable[..., str], document: dict[str, Any], message: str) -> None:
+    documents = [{"ids": [1, 1], "mask": [0, 0]}, document]
+    mask = {"mask_column": "mask"} if "mask" in document else {}
+    documents = documents if mask else [{"ids": []}, document]
+    assert message in refused(documents, ids_column="ids", **mask)
+    assert "no column 'mask'" in refused([{"ids": [1]}], ids_column="ids", mask_column="mask")
+    nothing = [{"ids": [1, 2], "mask": [1, 0]}]
+    assert "no document of it has any tokens that carry loss" in refused(nothing, ids_column="ids", mask_column="mask")
+
+
+# Config
+
+
+@pytest.mark.parametrize(
+    ("source", "changes", "message"),
+    [
+        ({"text_column": "a", "ids_column": "b"}, {}, "give one of `text_column`, `messages_column` and `ids_column`"),
+        ({"mask_column": "b"}, {}, "`mask_column` belongs to `ids_column`"),
+        ({"ids_column": "b", "mask_column": "b"}, {}, "are the same column"),
+        ({}, {"loss_on": "all"}, "`loss_on` is for conversations"),
+        ({"ids_column": "b"}, {"chat_template": "x"}, "`chat_template` is for conversations"),
+        ({"messages_column": "b"}, {"loss_on": "user"}, "input should be 'assistant' or 'all'"),
+        ({"files": []}, {}, "give `dataset` .a Hub id. or `files`"),
+    ],
+)
+def test_keys_that_contradict_each_other(
+    tokenize_here: Callable[..., Any], source: dict[str, Any], changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        tokenize_here({"files": ["x.jsonl"]} | source, **changes)
+
+
+def test_a_resolved_config_is_a_config() -> None:
+    for keys in ({}, {"messages_column": "m"}, {"ids_column": "i", "mask_column": "m"}):
+        raw = {"path": "p", "source": {"files": ["x"], **keys}, "tokenizer": "t"}
+        config = TokensConfig.model_validate(raw)
+        assert TokensConfig.model_validate_json(config.model_dump_json()) == config
+    assert SourceConfig(files=["x"]).content_column == "text"

@@ -1,0 +1,133 @@
+"""The files of a corpus, in order: found by globs or named by the Hub, and opened wherever they lie."""
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from math import inf
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import fsspec
+import pyarrow as pa
+from fsspec.utils import infer_compression
+
+from cluster import hub
+from cluster.config import SourceConfig
+from logit_store.errors import CorpusError
+from logit_store.identity import digest_json
+
+ENDINGS = {
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".txt": "text",
+    ".md": "text",
+}
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
+BUFFER_BYTES = 2**20
+
+
+class SourceFile(NamedTuple):
+    """One file, at the same place for every node."""
+
+    name: str
+    """What errors and the corpus' identity call it: its last part, or its path in the Hub repository."""
+    path: str
+    """Local path, URL, or path in the Hub repository."""
+    format: str
+    """One of `SourceConfig.format`."""
+    stamp: str
+    """Changes when the file does: of path, size and time; of what the file system knows; of the Hub commit."""
+    num_bytes: float
+    """Its size where it is local, infinite elsewhere."""
+    snapshot: hub.Snapshot | None = None
+    """The commit of the Hub repository that holds it."""
+
+    @property
+    def is_compressed(self) -> bool:
+        """Whether it can only be read from its beginning on."""
+        return infer_compression(self.path) is not None
+
+
+def find_files(source: SourceConfig) -> list[SourceFile]:
+    """The files of a corpus, in the order of their documents.
+
+    Raises CorpusError: no file matches, the dataset is not there, or the format is not clear.
+    """
+    if source.dataset is not None:
+        snapshot = hub.resolve(source.dataset, source.revision)
+        data_format, paths = hub.data_files(snapshot, source)
+        return [
+            SourceFile(path, path, data_format, digest_json([*snapshot[:2], path]), inf, snapshot) for path in paths
+        ]
+    found = _expand(source.files)
+    data_format = source.format or _format([path for path, _, _ in found])
+    return [SourceFile(path.rsplit("/", 1)[-1], path, data_format, stamp, size) for path, stamp, size in found]
+
+
+@contextmanager
+def open_stream(file: SourceFile) -> Iterator[io.BufferedReader]:
+    """The file's bytes, decompressed."""
+    with fsspec.open(_path(file), "rb", compression="infer") as raw:
+        yield io.BufferedReader(raw, BUFFER_BYTES)
+
+
+@contextmanager
+def open_table(file: SourceFile, footer_only: bool = False) -> Iterator[Any]:
+    """The file as Arrow reads it: mapped where it is local.
+
+    ``footer_only``: of a Hub file that is not in the cache only what is read is fetched, and not the whole of it.
+    """
+    path = hub.url(file.snapshot, file.path) if footer_only and file.snapshot else _path(file)
+    if "://" not in path:
+        with pa.memory_map(path) as mapped:
+            yield mapped
+        return
+    with fsspec.open(path, "rb") as raw, pa.PythonFile(raw, "r") as opened:
+        yield opened
+
+
+def _path(file: SourceFile) -> str:
+    """Where it can be opened on this node; a Hub file is fetched into the node's Hub cache first."""
+    return file.path if file.snapshot is None else hub.fetch(file.snapshot, file.path)
+
+
+def _expand(patterns: list[str]) -> list[tuple[str, str, float]]:
+    """Full names, stamps and sizes of the files that the patterns stand for, sorted within a pattern."""
+    files: list[tuple[str, str, float]] = []
+    for pattern in patterns:
+        try:
+            fs, path = fsspec.core.url_to_fs(pattern)
+            found = sorted(p for p in fs.glob(path) if fs.isfile(p))
+            if "file" in fs.protocol:
+                files += [(path, *_local_facts(path)) for path in found]
+            else:
+                files += [(fs.unstrip_protocol(path), str(fs.ukey(path)), inf) for path in found]
+        except (ValueError, ImportError, OSError) as error:
+            raise CorpusError(f"file {pattern!r} cannot be looked up: {error}") from error
+        if not found:
+            raise CorpusError(f"no file matches {pattern!r} (tokens.source.files)")
+    return files
+
+
+def _local_facts(path: str) -> tuple[str, int]:
+    real = Path(path).resolve()
+    stat = real.stat()
+    return digest_json([str(real), stat.st_size, stat.st_mtime_ns]), stat.st_size
+
+
+def _format(paths: list[str]) -> str:
+    formats = {_format_of_ending(path) for path in paths}
+    if len(formats) != 1 or None in formats:
+        raise CorpusError(
+            f"the format of {paths[0]} and others is not clear from the ending: set tokens.source.format to "
+            "json, parquet, arrow, lines or text"
+        )
+    return str(formats.pop())
+
+
+def _format_of_ending(path: str) -> str | None:
+    bare = next((path.removesuffix(ending) for ending in COMPRESSIONS if path.endswith(ending)), path)
+    return next((name for ending, name in ENDINGS.items() if bare.endswith(ending)), None)

@@ -1,0 +1,26 @@
+"""Small facts about files that are dear to find out, kept in the user's cache folder under a key that says it all."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def folder(kind: str) -> Path:
+    """Where facts of this kind are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "decant" / kind
+
+
+def recall(kind: str, key: str) -> Any:
+    """What was remembered under the key, or None."""
+    path = folder(kind) / key
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def remember(kind: str, key: str, value: Any) -> None:
+    """Keep a JSON value, whole or not at all; the key must change with everything that the value depends on."""
+    path = folder(kind) / key
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(json.dumps(value))
+    temporary.replace(path)
