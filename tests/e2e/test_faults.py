@@ -21,6 +21,7 @@ from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError
 from tests import faulty
 from tests.faulty import DEADLY, NOT_A_NUMBER
+from tests.toy import write_yaml
 
 DEADLY_ROW, NAN_ROW = 13, 30
 
@@ -63,8 +64,16 @@ def config(cache_config: dict[str, Any], poisoned_tokens: TokenStore, tmp_path: 
 
 
 @pytest.mark.usefixtures("local_cluster")
-def test_rows_that_kill_are_left_out_and_everything_else_is_made(config: CacheConfig, capsys: Any) -> None:
-    store = cache(config, faulty.FaultyWorker)
+def test_rows_that_kill_are_left_out_and_everything_else_is_made(
+    config: CacheConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The command says so with exit code 3, also where it finds the store finished."""
+    monkeypatch.setattr(cache, "__defaults__", (faulty.FaultyWorker,))
+    path = write_yaml(tmp_path / "config.yaml", config.model_dump())
+    for _ in range(2):
+        assert decant.main(["cache", str(path)]) == 3
+        assert "2 rows have no labels" in capsys.readouterr().err
+    store = LogitStore.open(config.store.path)
     assert set(store.left_out) == {DEADLY_ROW, NAN_ROW}
     assert "process has died" in store.left_out[DEADLY_ROW]
     assert "NaN" in store.left_out[NAN_ROW]
@@ -82,21 +91,6 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(config: CacheCo
     capsys.readouterr()
     assert decant.main(["status", store.storage.url]) == 0
     assert "4 of 4 (100.0%)" in capsys.readouterr().out
-
-
-@pytest.mark.usefixtures("local_cluster")
-def test_the_command_says_3_where_rows_are_left_out(
-    config: CacheConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """And again 3 where the same command finds the store finished."""
-    from tests.toy import write_yaml
-
-    monkeypatch.setattr("cluster.cache.TeacherWorker", faulty.FaultyWorker)
-    monkeypatch.setattr("cluster.cache.cache.__defaults__", (faulty.FaultyWorker,))
-    path = write_yaml(tmp_path / "config.yaml", config.model_dump())
-    for _ in range(2):
-        assert decant.main(["cache", str(path)]) == 3
-        assert "2 rows have no labels" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("local_cluster")
