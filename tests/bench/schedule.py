@@ -8,6 +8,7 @@ plan, of which half are committed, and how much memory.
 
 import argparse
 import csv
+import json
 import os
 import resource
 import tempfile
@@ -19,7 +20,6 @@ import numpy as np
 
 from cluster.cache import cache
 from cluster.config import CacheConfig
-from cluster.journal import read_status
 from cluster.phases import Phases
 from cluster.schedule import Limits, Schedule
 from cluster.worker import TeacherWorker
@@ -75,7 +75,10 @@ def main() -> None:
 
 
 def keep_busy(folder: Path, workers: int, shards: int) -> tuple[float, float]:
-    """Share of the workers' time, from when each was ready to the end, in which teachers slept; seconds of all."""
+    """Share of the workers' time in which teachers slept, once all of them work; seconds of the whole command.
+
+    Starting 32 processes takes two cores half a minute, in which nobody gets much done: that is not the schedule's.
+    """
     corpus = make_corpus(folder / "corpus.jsonl")
     tokenizer = make_tokenizer(folder / "tokenizer", corpus)
     raw = make_cache_config(folder, corpus, tokenizer, make_teacher(folder / "teacher", tokenizer))
@@ -87,9 +90,24 @@ def keep_busy(folder: Path, workers: int, shards: int) -> tuple[float, float]:
     os.environ["RAY_OVERRIDE_RESOURCES"] = f'{{"CPU": {workers}}}'
     started = time.monotonic()
     cache(config, SleepingWorker)
-    status = read_status(config.store.path)
-    assert status is not None
-    return status["phases"]["forward"] / status["worker_seconds"], time.monotonic() - started
+    seconds = time.monotonic() - started
+    (log,) = Path(f"{config.store.path}.job").glob("log-*.jsonl")
+    return busy_share([json.loads(line) for line in log.read_text().splitlines()]), seconds
+
+
+def busy_share(log: list[dict[str, Any]]) -> float:
+    """From when each worker has done a shard to the end of the last: seconds slept by seconds passed."""
+    done = [line for line in log if line["event"] == "done"]
+    firsts: dict[int, float] = {}
+    for line in done:
+        firsts.setdefault(line["worker"], line["time"])
+    all_work = max(firsts.values())
+    counted, passed = 0.0, 0.0
+    for worker in firsts:
+        own = [line for line in done if line["worker"] == worker and line["time"] >= all_work]
+        counted += sum(line["seconds"]["forward"] for line in own[1:])
+        passed += done[-1]["time"] - own[0]["time"]
+    return counted / passed
 
 
 def make_tokens(config: CacheConfig, shards: int, tokenizer: str) -> None:
