@@ -54,6 +54,15 @@ class BrokenWorker(TeacherWorker):
         return teacher
 
 
+class Placed:
+    """Knows where it was put."""
+
+    def bundles(self) -> Any:
+        import ray
+
+        return list(ray.util.placement_group_table(ray.util.get_current_placement_group())["bundles"].values())
+
+
 class FlakyFileSystem(DirFileSystem):
     """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in four.
 

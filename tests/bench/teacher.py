@@ -55,7 +55,7 @@ def main() -> None:
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count() or 1
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
-        num_parameters = _save_model(Path(folder))
+        num_parameters = save_model(Path(folder))
         config = TeacherConfig(model="", dtype="float32", batch_tokens=ROWS * T)
         teacher = TransformersTeacher(Path(folder), config, _selector("top_k 64"))
     figures = measure(teacher)
@@ -112,7 +112,8 @@ def _bare(teacher: TransformersTeacher, rows: list[np.ndarray]) -> None:
     teacher.model.lm_head(teacher.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state)
 
 
-def _save_model(folder: Path) -> int:
+def save_model(folder: Path) -> int:
+    """Write the model; how many parameters it has."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(

@@ -56,11 +56,14 @@ def student_yaml(cache_config: dict[str, Any], tmp_path: Path) -> str:
 def test_cache_refuses_before_anything_is_written(
     refused: Callable[..., str], cache_yaml: str, tokens: Any, tmp_path: Path, tokenizer: Path
 ) -> None:
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, BertConfig, BertModel
 
     small = make_teacher(tmp_path / "narrow", tokenizer, vocab_size=300)
     short = make_teacher(tmp_path / "short", tokenizer, context=48)
     foreign = make_teacher(tmp_path / "foreign", tokenizer)
+    encoder, pickled = tmp_path / "encoder", make_teacher(tmp_path / "pickled", tokenizer)
+    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(encoder)
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
     AutoTokenizer.from_pretrained(tokenizer).train_new_from_iterator(["a b c"] * 9, 300).save_pretrained(foreign)
     cases = {
         f"teacher.model={foreign}": "give different ids to tokens: tokenize again",
@@ -74,6 +77,12 @@ def test_cache_refuses_before_anything_is_written(
         f"teacher.model={small}": "head has 300 rows, fewer than the tokenizer's vocabulary of 400",
         f"teacher.model={short}": "sequences of 48 tokens, but the teacher's context is 48: tokenize again "
         "with tokens.window <= 47",
+        f"teacher.model={encoder}": "BertModel (model type bert), which has no causal LM head",
+        f"teacher.model={pickled}": "holds no weights in *.safetensors. Pickle files",
+        "targets.always=[7,400]": "targets.always names id 400, but the vocabulary has the ids 0 to 399",
+        "targets.kind=threshold": "targets: kind=threshold needs `tau`",
+        "teacher.tensor_parallel=2": "tensor_parallel is not for teacher.backend=transformers: leave it out",
+        "cluster.gpus_per_worker=1": "cluster.workers × cluster.gpus_per_worker = 2, but the cluster has 0 GPUs",
         "tokens.path=/nowhere": "/nowhere holds no decant store",
         "cluster.workers=99": "cluster.workers × cluster.cpus_per_worker = 99, but the cluster has",
     }
@@ -101,6 +110,14 @@ def test_a_relative_output_in_a_submitted_job_is_refused(
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     line = refused("cache", cache_yaml, "store.path=runs/lost")
     assert "relative, and a job runs in a copy of the working directory that is thrown away" in line
+
+
+def test_an_engine_that_is_not_installed(
+    refused: Callable[..., str], cache_yaml: str, tokens: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a cluster that is joined, only its nodes can know."""
+    monkeypatch.setattr("cluster.cache.find_spec", lambda _name: None)
+    assert "teacher.backend is vllm, which is not installed" in refused("cache", cache_yaml, "teacher.backend=vllm")
 
 
 def test_no_cluster_at_the_address(refused: Callable[..., str], cache_yaml: str, tokens: Any) -> None:

@@ -1,8 +1,9 @@
 """What kills workers kills no job: real actors, on one local cluster for this file."""
 
 import json
+import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 import decant
-from cluster import ray_cluster
+from cluster import ray_cluster, ray_workers
 from cluster.cache import cache
 from cluster.config import CacheConfig, ClusterConfig
 from cluster.status import read
@@ -29,7 +30,9 @@ DEADLY_ROW, NAN_ROW = 13, 30
 @pytest.fixture(scope="module")
 def local_cluster() -> Iterator[None]:
     """Every `cache` of this file runs on one cluster."""
-    with ray_cluster.session(ClusterConfig()), pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 2, "GPU": 2}')
+        stack.enter_context(ray_cluster.session(ClusterConfig()))
         patch.setattr(ray_cluster, "session", lambda _config: nullcontext())
         yield
 
@@ -91,6 +94,22 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
     capsys.readouterr()
     assert decant.main(["status", store.storage.url]) == 0
     assert "4 of 4 (100.0%)" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("local_cluster")
+def test_a_worker_on_several_nodes_has_a_placement_group() -> None:
+    """A bundle for each GPU, gone with the worker. The GPUs are Ray's word only: nothing uses them."""
+    import ray
+    from ray.util.state import list_placement_groups
+
+    config = ClusterConfig(multi_node_workers=True, gpus_per_worker=2, cpus_per_worker=1)
+    worker = ray_workers.start_worker(config, faulty.Placed, ())
+    (done,) = ray_workers.wait([ray_workers.call(worker, "bundles")], 60)
+    assert ray_workers.result(done) == [{"GPU": 1.0, "CPU": 1.0}] * 2
+    assert ray.available_resources().get("GPU", 0) == 0
+    ray_workers.stop_workers([worker], gently=False)
+    while any(group.state != "REMOVED" for group in list_placement_groups()):
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("local_cluster")
