@@ -38,6 +38,10 @@ test: $(VENV)/.all
 bench: $(VENV)/.all
 	$(BIN)/python -m tests.bench.memory
 	$(BIN)/python -m tests.bench.store
+	$(BIN)/python -m tests.bench.teacher
+	$(BIN)/python -m tests.bench.job
+	$(BIN)/python -m tests.bench.vllm
+	$(BIN)/python -m tests.bench.schedule
 
 chaos: $(VENV)/.all
 	$(BIN)/python -m tests.chaos --minutes 30

@@ -7,14 +7,14 @@ model is small, so that what is seen is the logits.
 """
 
 import csv
-import datetime
 import os
-import platform
 import resource
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+from tests.bench.machine import about
 
 V, K, HIDDEN = 151_936, 64, 64
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory.csv"
@@ -28,11 +28,7 @@ CASES = [
 
 def main() -> None:
     """Measure every case in its own process."""
-    from importlib.metadata import version
-
-    machine = f"{processor()}, {os.cpu_count()} cores"
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    today = datetime.date.today().isoformat()
+    stamp = about("torch", "transformers")
     rows = []
     print(f"{'part':8} {'way':8} {'positions':>9} {'peak MiB':>9} {'of dense':>9}")
     for part, way, positions in CASES:
@@ -42,9 +38,7 @@ def main() -> None:
         mebibytes = float(done.stdout.split()[-1])
         dense = positions * V * 4 / 2**20
         print(f"{part:8} {way:8} {positions:9} {mebibytes:9.0f} {mebibytes / dense:9.2f}")
-        rows.append(
-            [part, way, V, K, positions, round(mebibytes), round(mebibytes / dense, 3), machine, versions, today]
-        )
+        rows.append([part, way, V, K, positions, round(mebibytes), round(mebibytes / dense, 3), *stamp.values()])
     with open(RESULT, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -56,9 +50,7 @@ def main() -> None:
                 "positions",
                 "peak_mib",
                 "of_float32_logits",
-                "machine",
-                "versions",
-                "date",
+                *stamp,
             ]
         )
         writer.writerows(rows)
@@ -128,12 +120,6 @@ def _student(model: Any, way: str, ids_1T: Any) -> Any:
     chunk = positions if way == "dense" else None
     student = Student(model, V, LossConfig(alpha=0.9, tail="ghost", chunk_positions=chunk))
     return lambda: student(batch).loss.backward()
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -9,10 +9,7 @@ tail; the plain two verify nothing. "1" and "2" are processes; "2" is the sum of
 """
 
 import csv
-import datetime
-import os
 import pickle
-import platform
 import resource
 import subprocess
 import sys
@@ -32,6 +29,7 @@ import pyarrow.parquet as pq
 from logit_store import LogitRow, LogitStore, Targets, TokenRow
 from logit_store.shard import split_rows
 from logit_store.tools.slice import cut
+from tests.bench.machine import about
 from tests.store.made import write_store
 
 ROOT = Path(__file__).parents[2]
@@ -376,15 +374,7 @@ def main() -> None:
 
 
 def write_csv(lines: list[dict[str, Any]]) -> None:
-    from importlib.metadata import version
-
-    from tests.bench.memory import processor
-
-    stamp = {
-        "machine": f"{processor()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "versions": " ".join(f"{name} {version(name)}" for name in ("numpy", "pyarrow", "zstandard", "numba")),
-        "date": datetime.date.today().isoformat(),
-    }
+    stamp = about("numpy", "pyarrow", "zstandard", "numba")
     names = list(dict.fromkeys(name for line in lines for name in line)) + list(stamp)
     with open(RESULT, "w", newline="") as file:
         writer = csv.DictWriter(file, names)

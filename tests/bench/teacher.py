@@ -8,7 +8,6 @@ round every way runs once, so that a busy machine slows them down alike; a figur
 """
 
 import csv
-import datetime
 import os
 import statistics
 import sys
@@ -24,7 +23,7 @@ import torch
 from cluster.config import TargetsConfig, TeacherConfig
 from cluster.targets import Selector
 from cluster.transformers_teacher import TransformersTeacher
-from tests.bench.memory import processor
+from tests.bench.machine import about
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "teacher.csv"
 V, T, ROWS, ROUNDS = 32_768, 512, 2, 7
@@ -50,8 +49,6 @@ class Figure(NamedTuple):
 
 def main() -> None:
     """Measure, print, write."""
-    from importlib.metadata import version
-
     threads = int(sys.argv[1]) if len(sys.argv) > 1 else os.cpu_count() or 1
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,18 +60,13 @@ def main() -> None:
     print(f"{'':24} {'tok/s':>7} {'of bare':>8} {'of top-k':>9} {'decoder':>8}")
     for way, *numbers in figures:
         print("{:24} {:7.0f} {:8.3f} {:9.3f} {:8.2f}".format(way, *numbers))
-    machine = f"{processor()}, {os.cpu_count()} cores"
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    stamp = about("torch", "transformers")
     with open(RESULT, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(
-            [*Figure._fields, "parameters", "vocabulary", "tokens", "threads", "machine", "versions", "date"]
-        )
+        writer.writerow([*Figure._fields, "parameters", "vocabulary", "tokens", "threads", *stamp])
         for way, *values in figures:
             rounded = [round(value, 3) for value in values]
-            writer.writerow(
-                [way, *rounded, num_parameters, V, ROWS * T, threads, machine, versions, datetime.date.today()]
-            )
+            writer.writerow([way, *rounded, num_parameters, V, ROWS * T, threads, *stamp.values()])
 
 
 def measure(teacher: TransformersTeacher) -> list[Figure]:

