@@ -73,5 +73,7 @@ def _local_paths(config: CacheConfig) -> dict[str, str]:
     """Paths of the config that are no URL and no Hub id, by key."""
     outputs = {"tokens.path": config.tokens.path, "store.path": config.store.path}
     inputs = {"tokens.tokenizer": config.tokens.tokenizer, "teacher.model": config.teacher.model}
+    if config.tokens.chat_template is not None:
+        inputs["tokens.chat_template"] = config.tokens.chat_template
     local = outputs | {key: value for key, value in inputs.items() if Path(value).exists()}
     return {key: value for key, value in local.items() if "://" not in value}

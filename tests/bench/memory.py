@@ -33,7 +33,10 @@ def main() -> None:
     print(f"{'part':8} {'way':8} {'positions':>9} {'peak MiB':>9} {'of dense':>9}")
     for part, way, positions in CASES:
         done = subprocess.run(
-            [sys.executable, __file__, part, way, str(positions)], capture_output=True, text=True, check=True
+            [sys.executable, "-m", "tests.bench.memory", part, way, str(positions)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         mebibytes = float(done.stdout.split()[-1])
         dense = positions * V * 4 / 2**20

@@ -16,8 +16,11 @@ from cluster.pool import Event
 from cluster.rescore import rescore
 from cluster.status import read
 from logit_store import LogitStore, Storage
-from logit_store.errors import NotFinishedError
+from logit_store.config import parse_config
+from logit_store.errors import ConfigError, NotFinishedError
 from tests.toy import make_teacher
+from training.config import TrainConfig
+from training.trainer import prepare
 
 KINDS: dict[str, dict[str, Any]] = {
     "top_p": {"kind": "top_p", "p": 0.9, "k": 24, "temperatures": [2.0]},
@@ -37,8 +40,8 @@ def test_a_store_of_every_kind_and_the_teacher_says_it_again(
     assert made.manifest["labels_id"] != store.manifest["labels_id"]
     row = int(np.flatnonzero(made.lengths_N > 20)[0])
     targets = made[row].targets
-    kept = np.exp(targets.tail_logmass_P.astype(np.float64))
-    assert ((kept >= 0) & (kept < 1)).all()
+    tail_P = np.exp(targets.tail_logmass_P.astype(np.float64))
+    assert ((tail_P > 0) & (tail_P <= 1)).all()
     assert targets.forced_logprobs_PF.shape == (len(targets.next_logprob_P), 2)
     if kind == "top_p":
         assert 1 <= targets.head_counts_P.min() < targets.head_counts_P.max() <= 24
@@ -51,6 +54,13 @@ def test_a_store_of_every_kind_and_the_teacher_says_it_again(
         assert (tempered >= np.log(0.05) - 1e-5).all()
         assert (targets.sampled_counts_P > 0).any()
     assert targets.head_counts_P.max() <= made.manifest["k"]
+    config = {
+        "run": {"path": "unused"}, "data": {"store": made.storage.url},
+        "student": {"config": {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}},
+        "schedule": {"total_tokens": 1000, "tokens_per_step": 200, "lr": 0.01},
+    }  # fmt: skip
+    with pytest.raises(ConfigError, match=f"targets of kind {kind}"):
+        prepare(parse_config(TrainConfig, config, "student"))
     drift = rescore(made.storage.url, 5)
     assert drift.is_within(1e-4)
     again = drift.overall
