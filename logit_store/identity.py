@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +48,21 @@ def labels_id(fields: Mapping[str, Any]) -> str:
 
 def require_equal(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, remedy: str) -> None:
     """Raise IdentityError naming every field in which ``found`` (stored) and ``wanted`` (asked for) differ."""
-    lines = [
-        f"{field} is {_short(found.get(field))} there and {_short(wanted.get(field))} here"
-        for field in sorted({*found, *wanted})
-        if found.get(field) != wanted.get(field)
-    ]
+    lines = [f"{field} is {_short(a)} there and {_short(b)} here" for field, a, b in _differences(found, wanted)]
     if lines:
         raise IdentityError(f"{where} belongs to another run: {'; '.join(lines)}. {remedy}")
+
+
+def _differences(
+    found: Mapping[str, Any], wanted: Mapping[str, Any], within: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Fields with different values, and both; of fields that hold fields, the ones in them that differ."""
+    for field in sorted({*found, *wanted}):
+        a, b = found.get(field), wanted.get(field)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            yield from _differences(a, b, f"{within}{field}.")
+        elif a != b:
+            yield f"{within}{field}", a, b
 
 
 def _short(value: Any) -> str:

@@ -100,7 +100,6 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
 def test_a_worker_on_several_nodes_has_a_placement_group() -> None:
     """A bundle for each GPU, gone with the worker. The GPUs are Ray's word only: nothing uses them."""
     import ray
-    from ray.util.state import list_placement_groups
 
     config = ClusterConfig(multi_node_workers=True, gpus_per_worker=2, cpus_per_worker=1)
     worker = ray_workers.start_worker(config, faulty.Placed, ())
@@ -108,7 +107,7 @@ def test_a_worker_on_several_nodes_has_a_placement_group() -> None:
     assert ray_workers.result(done) == [{"GPU": 1.0, "CPU": 1.0}] * 2
     assert ray.available_resources().get("GPU", 0) == 0
     ray_workers.stop_workers([worker], gently=False)
-    while any(group.state != "REMOVED" for group in list_placement_groups()):
+    while any(group["state"] != "REMOVED" for group in ray.util.placement_group_table().values()):
         time.sleep(0.1)
 
 
