@@ -84,6 +84,9 @@ class Account:
         self.workers.pop(fields["worker"], None)
         self.retries[fields["cause"]] += 1
 
+    def _take_retired(self, fields: dict[str, Any]) -> None:
+        self.workers.pop(fields["worker"], None)
+
     def _take_failed(self, fields: dict[str, Any]) -> None:
         self.retries[fields["cause"]] += 1
 

@@ -47,6 +47,7 @@ def cache(config: CacheConfig, worker: type[TeacherWorker] = TeacherWorker) -> L
     """
     tokens = TokenStore.open(config.tokens.path)
     _check_tokens(config, tokens)
+    config = _pinned(config)
     header = _header(config, tokens)
     storage = Storage(config.store.path)
     writer.check(storage, header, IDENTITY)
@@ -106,6 +107,15 @@ def _run(pool: Pool, account: Account, config: CacheConfig) -> None:
         journal.close()
         if account.tokens:
             print_account(account, config.cluster.price_per_gpu_hour)
+
+
+def _pinned(config: CacheConfig) -> CacheConfig:
+    """The config with the commit that the teacher's Hub id stands for now: workers that start later get the same."""
+    teacher = config.teacher
+    if Path(teacher.model).is_dir():
+        return config
+    commit = model_folder(teacher.model, teacher.revision).name
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"revision": commit})})
 
 
 def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from cluster.config import TeacherConfig
+from cluster.memory import is_out_of_memory
 from logit_store.errors import TeacherError
 
 
@@ -21,7 +22,7 @@ def check_architecture(folder: Path, trust_remote_code: bool = False) -> Any:
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         raise TeacherError(f"{folder} is no model that transformers can read: {_one_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -40,6 +41,7 @@ def load_model(folder: Path, config: TeacherConfig, device: str) -> Any:
 
     Raises TeacherError: no causal LM, a library or GPU that the config needs is missing, weights are missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
@@ -55,7 +57,9 @@ def load_model(folder: Path, config: TeacherConfig, device: str) -> Any:
             output_loading_info=True,
             **options,
         )
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
         hint = "" if config.pickled_weights else ". Weights in pickle files (*.bin) need teacher.pickled_weights=true"
         raise TeacherError(f"the teacher in {folder} cannot be loaded: {_one_line(error)}{hint}") from error
     if loading["missing_keys"]:

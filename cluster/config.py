@@ -1,5 +1,6 @@
 """The config of the teacher's side: one file serves ``decant tokenize`` and ``decant cache``."""
 
+from math import inf
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -158,7 +159,7 @@ class TargetsConfig(Config):
     """top_p: mass of the head."""
     draws: int | None = Field(None, ge=1, le=4096)
     """counts: how many draws at each position."""
-    tau: float | None = Field(None, gt=0.0, lt=1.0)
+    tau: float | None = Field(None, ge=1e-4, lt=1.0)
     """threshold: the probability from which ids are kept exactly."""
     always: list[int] = Field([], max_length=1024)
     """Ids whose log-prob is kept exactly at every position, such as an end-of-turn token."""
@@ -179,8 +180,9 @@ class TargetsConfig(Config):
         for name in ("k", "p", "draws", "tau"):
             if (getattr(self, name) is not None) != (name in needs):
                 raise ValueError(f"kind={self.kind} {'needs' if name in needs else 'has no'} `{name}`")
-        if any(t <= 0 or t == 1 for t in self.temperatures):
-            raise ValueError("temperatures must be positive and other than 1 (1 is always served)")
+        temperatures = self.temperatures
+        if any(not 0 < t < inf or t == 1 for t in temperatures) or len(set(temperatures)) < len(temperatures):
+            raise ValueError("temperatures must be positive, different and other than 1 (1 is always served)")
         if self.is_sampled and len(self.temperatures) > 1:
             raise ValueError(f"kind={self.kind} samples one distribution: give at most one of `temperatures`")
         if len(set(self.always)) < len(self.always) or any(i < 0 for i in self.always):
@@ -226,7 +228,7 @@ class ClusterConfig(Config):
     placement group, a GPU and `cpus_per_worker` cores at a time, and vLLM starts its processes in it."""
     autoscaling: bool = False
     """Whether the cluster grows: a cluster that has no room for all workers now is then no error."""
-    max_attempts: int = Field(8, ge=1)
+    max_attempts: int = Field(8, ge=3)
     """How often a shard may take its worker down, or fail on storage that is out of order, before it is given up."""
     retry_delay_s: float = Field(1.0, ge=0.0)
     """Seconds before a shard or a worker is tried again; doubled with each attempt, at most a minute."""

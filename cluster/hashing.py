@@ -2,15 +2,15 @@
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 
+from cluster.remembered import recall, remember
 from logit_store.errors import TeacherError
 from logit_store.identity import digest_json
 
 WEIGHT_FILES = ("*.safetensors", "*.bin")
-MODEL_FILES = [*WEIGHT_FILES, "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
+MODEL_FILES = [*WEIGHT_FILES, "*.py", "*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]
 
 
 def file_sha256(path: str | Path) -> str:
@@ -24,15 +24,11 @@ def file_sha256(path: str | Path) -> str:
         return real.name
     stat = real.stat()
     key = digest_json([str(real), stat.st_size, stat.st_mtime_ns])
-    remembered = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "decant" / "sha256" / key
-    if remembered.exists() and len(known := remembered.read_text()) == 64:
-        return known
+    if (known := recall("sha256", key)) is not None:
+        return str(known)
     with open(real, "rb") as file:
         value = hashlib.file_digest(file, "sha256").hexdigest()
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    temporary = remembered.with_suffix(f".{os.getpid()}")
-    temporary.write_text(value)
-    temporary.replace(remembered)
+    remember("sha256", key, value)
     return value
 
 
@@ -58,4 +54,7 @@ def weights_sha256(folder: Path) -> str:
     config = json.loads((folder / "config.json").read_text())
     for provenance in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
         config.pop(provenance, None)
-    return digest_json({"config": config, "weights": [[f.name, file_sha256(f)] for f in files]})
+    identity = {"config": config, "weights": [[f.name, file_sha256(f)] for f in files]}
+    if "auto_map" in config:  # code that comes with the model
+        identity["code"] = [[f.name, file_sha256(f)] for f in sorted(folder.glob("*.py"))]
+    return digest_json(identity)

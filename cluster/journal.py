@@ -22,7 +22,8 @@ LOG_EVERY_S = 30.0
 class Journal:
     """The job's folder: `STORE.job/status.json`, rewritten all the time, and `STORE.job/log-….jsonl`, a line per event.
 
-    A job must not die because it cannot write about itself: the first failure is said on stderr, and that was it.
+    A job must not die because it cannot write about itself: the first failure is said on stderr. Lines wait
+    for the next attempt.
     """
 
     def __init__(self, store_url: str, verb: str) -> None:
@@ -55,15 +56,16 @@ class Journal:
             self._attempt(self._flush)
 
     def _flush(self) -> None:
-        text, self._lines, self._last_flush = "".join(self._lines), [], time.monotonic()
+        text, self._last_flush = "".join(self._lines), time.monotonic()
         if self.storage.is_local:
             path = Path(self.storage.path(f"{self._name}.jsonl"))
             path.parent.mkdir(parents=True, exist_ok=True)
             with open(path, "a") as file:
                 file.write(text)
-            return
-        self._part += 1
-        self._replace(f"{self._name}/{self._part:06d}.jsonl", text.encode())
+        else:
+            self._replace(f"{self._name}/{self._part + 1:06d}.jsonl", text.encode())
+            self._part += 1
+        self._lines = []
 
     def _replace(self, name: str, data: bytes) -> None:
         path = self.storage.path(name)
@@ -76,11 +78,11 @@ class Journal:
         temporary.replace(path)
 
     def _attempt(self, write: Any) -> None:
-        if self._is_broken:
-            return
         try:
             write()
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  (remote file systems raise what their libraries raise)
+            if self._is_broken:
+                return
             self._is_broken = True
             print(
                 f"decant: {self.storage.url} cannot be written, so `decant status` is blind: {error}", file=sys.stderr

@@ -16,8 +16,8 @@ TICK_S = 1.0
 
 
 class Event(NamedTuple):
-    """Something that happened: ``started``, ``died``, ``done``, ``probed``, ``failed``, ``left_out``, ``given_up``, or
-    ``tick`` where nothing did.
+    """Something that happened: ``started``, ``died``, ``done``, ``probed``, ``failed``, ``left_out``, ``given_up``,
+    ``retired`` (for a fresh one), or ``tick`` where nothing did.
     """
 
     kind: str
@@ -48,6 +48,8 @@ class Pool:
     def __init__(self, config: ClusterConfig, worker: type, arguments: tuple[Any, ...], schedule: Schedule) -> None:
         self.config, self.schedule = config, schedule
         self._worker, self._arguments = worker, arguments
+        self._retired: list[int] = []
+        self._has_started = False
         self._slots = [_Slot(number) for number in range(min(config.workers, schedule.num_left))]
 
     @property
@@ -87,6 +89,13 @@ class Pool:
 
     def _feed(self, slot: _Slot, now: float) -> None:
         """Give the worker as much as it can have."""
+        if slot.is_ready and slot.is_fresh and not slot.tasks:
+            # What waits for a worker that is still to start, and may find no place, can be done here as well.
+            waiting = (other for other in self._slots if other is not slot and not other.is_ready)
+            for other in waiting:
+                if self.schedule.needs_fresh_worker(other.number):
+                    self.schedule.hand_over(other.number, slot.number)
+                    break
         while slot.is_ready:
             task = self.schedule.next(slot.number, len(slot.tasks), slot.is_fresh, now)
             if task is None:
@@ -94,11 +103,14 @@ class Pool:
             slot.tasks[ray_workers.call(slot.worker, "work", task)] = task
             slot.is_fresh = False
         if slot.is_ready and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
+            self._retired.append(slot.number)
             self._empty(slot)
             self._fill(slot, now)
 
     def _collect(self, now: float) -> Iterator[Event]:
         """Wait until something happens, and tell it."""
+        yield from (Event("retired", {"worker": number}) for number in self._retired)
+        self._retired.clear()
         waited_for: dict[Any, _Slot] = {}
         for slot in self._slots:
             waited_for |= dict.fromkeys([*slot.tasks, *([] if slot.starting is None else [slot.starting])], slot)
@@ -117,8 +129,8 @@ class Pool:
                 yield from self._storage_failed(slot, reference, error)
                 continue
             except TeacherError as error:  # that cannot even be loaded, or cannot score these rows
-                if reference == slot.starting:
-                    raise
+                if reference == slot.starting and not self._has_started:
+                    raise  # later it is this machine that is no good, and not the job
                 dead.setdefault(slot.number, WorkerDied(Cause.PROCESS, str(error)))
                 continue
             yield from self._succeeded(slot, reference, result)
@@ -129,7 +141,7 @@ class Pool:
 
     def _succeeded(self, slot: _Slot, reference: Any, result: dict[str, Any]) -> Iterator[Event]:
         if reference == slot.starting:
-            slot.starting, slot.failed_starts = None, 0
+            slot.starting, slot.failed_starts, self._has_started = None, 0, True
             yield Event("started", {"worker": slot.number, **result})
             return
         task = slot.tasks.pop(reference)

@@ -4,6 +4,7 @@ import time
 from typing import Any, NamedTuple
 
 from cluster.config import ClusterConfig
+from cluster.memory import is_out_of_memory
 from cluster.schedule import IN_FLIGHT, Cause
 from logit_store.errors import DecantError
 
@@ -72,7 +73,8 @@ def result(call: Any) -> Any:
     except exceptions.RayTaskError as error:
         if isinstance(error.cause, DecantError):
             raise error.cause from None
-        raise WorkerDied(Cause.PROCESS, f"{type(error.cause).__name__}: {error.cause}") from error
+        cause = Cause.MEMORY if is_out_of_memory(error.cause) else Cause.PROCESS
+        raise WorkerDied(cause, f"{type(error.cause).__name__}: {error.cause}") from error
     except exceptions.OutOfMemoryError as error:
         raise WorkerDied(Cause.MEMORY, _first_line(error)) from error
     except exceptions.RayError as error:  # the actor's process, its node, or the way to it

@@ -2,6 +2,7 @@
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,20 @@ def folder(kind: str) -> Path:
 
 def recall(kind: str, key: str) -> Any:
     """What was remembered under the key, or None."""
-    path = folder(kind) / key
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        return json.loads((folder(kind) / key).read_text())
+    except (OSError, ValueError):  # nothing there, or what a crash left
+        return None
 
 
 def remember(kind: str, key: str, value: Any) -> None:
-    """Keep a JSON value, whole or not at all; the key must change with everything that the value depends on."""
+    """Keep a JSON value, whole or not at all; the key must change with everything that the value depends on.
+
+    Where the folder cannot be written (containers may have no home), nothing is kept, and found out again next time.
+    """
     path = folder(kind) / key
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}")
-    temporary.write_text(json.dumps(value))
-    temporary.replace(path)
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(value))
+        temporary.replace(path)

@@ -53,7 +53,10 @@ def rescore(url: str, num_rows: int, teacher: str | None = None, seed: int = 0) 
     _check_weights(config, labels, store)
     rows = _random_rows(store, num_rows, seed)
     backend = _build(config, store, labels, bool(provenance.get("gpus_per_worker")))
-    found = _differences(store, backend, rows)
+    try:
+        found = _differences(store, backend, rows)
+    finally:
+        backend.close()
     shards = {store.shards.shard_of(row)[0] for row in rows}
     codec_error = max(float(store.shards.columns["max_error"][shard]) for shard in shards)
     return Drift(Difference.total(difference for _, difference in found), found, codec_error)
@@ -106,7 +109,7 @@ def _check_weights(config: TeacherConfig, labels: Mapping[str, Any], store: Logi
 
 
 def _random_rows(store: LogitStore, num_rows: int, seed: int) -> NDArray[np.int64]:
-    candidates = np.flatnonzero(store.lengths_N > 1)
+    candidates = np.setdiff1d(np.flatnonzero(store.lengths_N > 1), list(store.left_out))
     if not len(candidates):
         raise StoreError(f"{store.storage.url} has no row with a position: there is nothing to score")
     rng = np.random.default_rng(seed)

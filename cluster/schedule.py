@@ -63,8 +63,10 @@ class Limits:
 
     @property
     def max_failures_in_a_row(self) -> int:
-        """Failures after which, with nothing done in between, it is not the rows: nothing works at all."""
-        return self.max_attempts * max(self.num_workers, 1)
+        """Failures after which, with nothing done in between, it is not the rows: nothing works at all. Two workers'
+        worth for one, who alone has to take a shard apart of which most rows are bad.
+        """
+        return self.max_attempts * max(self.num_workers, 2)
 
 
 @dataclass
@@ -107,6 +109,8 @@ class Schedule:
         """(shard, row's place in it) → why it is left out."""
         self.failures_in_a_row = 0
         self.last_reason = ""
+        self._storage_failures = 0
+        self._paused_until = 0.0
         self._num_shards = len(shards)
         self._untouched: Iterator[int] = iter(shards)
         self._again: deque[int] = deque()
@@ -137,6 +141,8 @@ class Schedule:
 
     def next(self, worker: int, in_flight: int, is_fresh: bool, now: float) -> Task | None:
         """What the worker does next; None for nothing now. A troubled shard has a worker for itself alone."""
+        if now < self._paused_until:
+            return None
         shard = self._reserved.get(worker)
         if shard is None:
             shard = next((s for s, t in self._troubles.items() if self._is_due(t, now)), None)
@@ -157,17 +163,22 @@ class Schedule:
     def wakes_at(self) -> float | None:
         """When a shard that waits for its next attempt is due, at the earliest."""
         waiting = [t.not_before for t in self._troubles.values() if not t.is_in_flight]
-        return min(waiting, default=None)
+        earliest = min(waiting, default=None)
+        return self._paused_until if self._paused_until > (earliest or 0.0) else earliest
 
     def done(self, worker: int, task: Task) -> None:
         """The worker did the task."""
-        self.failures_in_a_row = 0
+        self.failures_in_a_row = self._storage_failures = 0
         trouble = self._released(worker, task)
         if task.probe is None:
             self._troubles.pop(task.shard, None)
             self.num_done += 1
         elif trouble is not None:
             self._next_suspect(trouble)
+
+    def hand_over(self, worker: int, successor: int) -> None:
+        """What waits for one worker is the other's now."""
+        self._reserved[successor] = self._reserved.pop(worker)
 
     def died(self, worker: int, tasks: Sequence[Task], cause: Cause, reason: str, now: float) -> None:
         """The worker died with these tasks in flight, of which any may be to blame; or could not even start."""
@@ -177,8 +188,13 @@ class Schedule:
         self._reserved.pop(worker, None)
 
     def failed(self, worker: int, task: Task, cause: Cause, reason: str, now: float) -> None:
-        """The task came to nothing, but its worker lives."""
-        self._count(cause, reason)
+        """The task came to nothing, but its worker lives. Where it was storage, everybody waits: labels that cannot be
+        written need not be made, and what fails in one pause fails once.
+        """
+        if now >= self._paused_until:
+            self._count(cause, reason)
+            self._storage_failures += 1
+            self._paused_until = now + self.limits.delay_s(self._storage_failures)
         self._retry(worker, task, cause, reason, now)
 
     def hopeless(self) -> str | None:
@@ -252,6 +268,7 @@ class Schedule:
         if trouble.strikes == STRIKES:
             trouble.left_out[suspect[0]] = self.left_out[trouble.shard, suspect[0]] = reason
             self._news.append(("left_out", {"shard": trouble.shard, "row": suspect[0], "reason": reason}))
+            self.failures_in_a_row = 0  # a verdict is a result; how many there may be is bounded by itself
             trouble.has_new_convictions = True
             self._next_suspect(trouble)
 

@@ -29,8 +29,10 @@ def read(store_url: str) -> dict[str, Any]:
     found["silent_s"] = round(time.time() - said["updated"], 1) if "updated" in said else None
     if storage.exists(MANIFEST):
         found["state"] = "finished"
-    elif said["state"] == "running" and found["silent_s"] > SILENCE_S:
-        found["state"] = "died"
+        left_out = unseal(storage.read(MANIFEST), "manifest", storage.path(MANIFEST)).get("left_out", {})
+        found["left_out"] = [{"row": int(row), "reason": reason} for row, reason in left_out.items()]
+    elif said["state"] in ("running", "finished"):  # its shards may be done; the manifest is still to come
+        found["state"] = "died" if found["silent_s"] > SILENCE_S else "running"
     return found
 
 
@@ -50,13 +52,14 @@ def status(store_url: str, as_json: bool = False, watch: bool = False) -> None:
 
 
 def _table(found: dict[str, Any]) -> Any:
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=f"{found['store']}: {_state(found)}", show_header=False, title_justify="left")
     done, total = found["shards_done"], found["shards"]
     table.add_row("shards", f"{done:,} of {total:,} ({done / max(total, 1):.1%})")
     if "verb" in found:
-        is_running = found["state"] == "running"
+        is_running, is_local = found["state"] == "running", Storage(found["store"]).is_local
         workers = ", ".join(found["workers"].values()) or "none"
         rows = {
             "job": f"{found['verb']} on {found['host']}, process {found['pid']}",
@@ -65,14 +68,19 @@ def _table(found: dict[str, Any]) -> Any:
             "time left": left(found["seconds_left"]) if is_running else "",
             "tokens": f"{found['tokens']:,} in {left(found['seconds'])}, by the last run",
             "retries": ", ".join(f"{cause} {count}" for cause, count in found["retries"].items()) or "none",
-            "left out": ", ".join(f"row {r['row']} of shard {r['shard']}" for r in found["left_out"]) or "none",
+            "left out": ", ".join(_row(left_out) for left_out in found["left_out"]) or "none",
             "given up": ", ".join(f"shard {g['shard']}: {g['reason']}" for g in found["given_up"]),
-            "log": f"{found['store'].rstrip('/')}.job/{found['log']}.jsonl",
+            "log": f"{found['store'].rstrip('/')}.job/{found['log']}" + (".jsonl" if is_local else "/"),
         }
         for key, value in rows.items():
             if value:
-                table.add_row(key, value)
+                table.add_row(key, escape(value))
     return table
+
+
+def _row(left_out: dict[str, Any]) -> str:
+    """Of a finished store by its number, of a running job by its place in a shard."""
+    return f"row {left_out['row']}" + (f" of shard {left_out['shard']}" if "shard" in left_out else "")
 
 
 def _state(found: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """`decant tokenize`: documents become rows of tokens, in shards that every teacher can score."""
 
+import socket
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from functools import lru_cache
@@ -18,7 +19,7 @@ from cluster.windows import Encoder, IdsEncoder, TextEncoder, document_rows
 from logit_store import Storage, TokenRow, TokenStore, writer
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, record_name
-from logit_store.identity import HEADER_IDENTITY, digest
+from logit_store.identity import HEADER_IDENTITY, digest, digest_json
 from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
 
 IDENTITY = HEADER_IDENTITY["tokens"]
@@ -83,7 +84,8 @@ def tokenize_shards(job: Job, shards: range) -> list[dict[str, Any]]:
     A shard that is committed already, by an attempt of this task that was killed, is passed over.
     """
     storage, num_shards = Storage(job.tokens.path), job.header["num_shards"]
-    encoder = _encoder_of_process(job.tokens.model_dump_json(), job.template)
+    description = digest_json(job.header["tokenizer"])
+    encoder = _encoder_of_process(job.tokens.model_dump_json(), job.template, description)
     bounds = [len(job.corpus) * shard // num_shards for shard in (*shards, shards.stop)]
     documents = job.corpus.read(bounds[0], bounds[-1])
     done = []
@@ -116,7 +118,7 @@ def load_tokenizer(name: str, revision: str | None) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the Rust library raises nothing more special for a file that it cannot parse
         reason = " ".join(str(error).split())
         raise ConfigError(f"no tokenizer at {name!r} (tokens.tokenizer): {reason}") from error
     if vocabulary_size(tokenizer) > MAX_VOCABULARY_SIZE:
@@ -134,10 +136,16 @@ def make_encoder(tokens: TokensConfig, tokenizer: Any, template: str | None) -> 
 
 
 @lru_cache(maxsize=1)
-def _encoder_of_process(tokens_json: str, template: str | None) -> Encoder:
-    """Tasks of one job follow each other in a process: the tokenizer is loaded once."""
+def _encoder_of_process(tokens_json: str, template: str | None, description: str) -> Encoder:
+    """Tasks of one job follow each other in a process: the tokenizer is loaded once, and must be the job's."""
     tokens = TokensConfig.model_validate_json(tokens_json)
-    return make_encoder(tokens, load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision), template)
+    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    if digest_json(describe_tokenizer(tokenizer)) != description:
+        raise ConfigError(
+            f"tokenizer {tokens.tokenizer!r} is another one on {socket.gethostname()} than where the job was begun: "
+            "give all nodes the same files, or a Hub id with tokens.tokenizer_revision"
+        )
+    return make_encoder(tokens, tokenizer, template)
 
 
 def _rows(documents: Iterator[Document], encoder: Encoder, header: dict[str, Any]) -> list[TokenRow]:

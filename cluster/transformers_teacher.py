@@ -12,19 +12,11 @@ from torch import Tensor
 
 from cluster.causal_model import load_model
 from cluster.config import TeacherConfig
+from cluster.memory import is_out_of_memory
 from cluster.phases import Phases
 from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
 from logit_store.errors import TeacherError
-
-OUT_OF_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "not enough memory",
-    "std::bad_alloc",
-    "out of memory",
-    "ALLOC_FAILED",
-)
-"""What a RuntimeError says where memory ran out: of torch's CPU allocators, C++, the CUDA driver, cuBLAS."""
 
 
 class TransformersTeacher:
@@ -142,13 +134,6 @@ class TransformersTeacher:
                     f"{type(self.model).__name__}: {what} by {error:.2g} (allowed: {allowed:.2g}). This architecture "
                     "is not supported by the transformers backend"
                 )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether ``error`` says that memory, of a GPU or the machine, ran out."""
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error) for part in OUT_OF_MEMORY)
 
 
 def equal_length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:

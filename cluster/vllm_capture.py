@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from cluster.config import TargetsConfig
+from cluster.memory import is_out_of_memory
 from cluster.targets import Selector, chunk_positions
 from logit_store import Targets
 
@@ -154,8 +155,14 @@ class Capture:
         try:
             return [self.selector.select(logits_NW, *chosen_by)]
         except Exception as error:  # noqa: BLE001  (logits that are NaN, too little memory: nothing that ends the engine)
-            self.failure = error
-            return []
+            if not is_out_of_memory(error) or len(logits_NW) == 1:
+                self.failure = error
+                return []
+        # Outside of the handler, whose traceback holds on to the tensors of the failed attempt.
+        if logits_NW.device.type == "cuda":
+            torch.cuda.empty_cache()
+        halves = zip(logits_NW.tensor_split(2), *(column.tensor_split(2) for column in chosen_by), strict=True)
+        return [targets for half in halves for targets in self._select(*half)]
 
     def _add(self, span: _Span, targets: Targets) -> None:
         parts = self.parts.setdefault(span.row, [])

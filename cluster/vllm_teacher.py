@@ -184,6 +184,8 @@ class VllmTeacher:
             except EngineDeadError as error:
                 raise EngineDied(f"vLLM's engine has stopped: {error}") from error
             except TimeoutError:
+                if answer.done():
+                    raise
                 if connection.wait(self.processes, timeout=0):
                     raise EngineDied("a process of vLLM's engine was killed") from None
 

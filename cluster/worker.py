@@ -7,9 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from cluster.config import CacheConfig
+from cluster.hashing import model_folder, weights_sha256
 from cluster.phases import Phases
 from cluster.schedule import Task
 from logit_store import LogitRow, Storage, Targets, TokenRow, TokenStore, writer
+from logit_store.errors import StoreError, TeacherError
+from logit_store.identity import require_equal
 
 if TYPE_CHECKING:
     from cluster.teacher import Teacher
@@ -29,9 +32,22 @@ class TeacherWorker:
     def start(self) -> dict[str, Any]:
         """Load the teacher; say where. Not the constructor's work: an actor that fails there has no last words."""
         self.tokens = TokenStore.open(self.config.tokens.path)
+        self._check_origin()
         self.teacher = self.load_teacher()
         self._idle_since = time.perf_counter()
         return {"host": socket.gethostname(), "pid": os.getpid()}
+
+    def _check_origin(self) -> None:
+        """Refuse tokens and weights on this node that are not those of the job. Raises IdentityError, TeacherError."""
+        host, wanted = socket.gethostname(), self.header["labels"]["teacher"]
+        there = {"text_id": self.tokens.manifest["text_id"]}
+        require_equal(there, {"text_id": self.header["text_id"]}, self.config.tokens.path, f"So it is seen on {host}")
+        found = weights_sha256(model_folder(self.config.teacher.model, self.config.teacher.revision))
+        if found != wanted:
+            raise TeacherError(
+                f"{self.config.teacher.model} has weights {found[:12]}… on {host}, and {wanted[:12]}… where the job "
+                "was begun: give all nodes the same files, or a Hub id with teacher.revision"
+            )
 
     def load_teacher(self) -> "Teacher":
         """The configured teacher."""
@@ -89,6 +105,9 @@ class TeacherWorker:
             nothing = Targets.of_nothing(max(len(row.input_ids_T) - 1, 0), *shape)
             labelled.append(LogitRow(row, targets.get(i, nothing)))
         with phases.measure("encode"):
-            prepared = writer.prepare_logits(labelled, self.header, dict(task.left_out))
+            try:
+                prepared = writer.prepare_logits(labelled, self.header, dict(task.left_out))
+            except StoreError as error:  # about these labels, and no others
+                raise TeacherError(f"labels of shard {task.shard} cannot be stored: {error}") from error
         with phases.measure("write"):
             return writer.commit(Storage(self.config.store.path), task.shard, prepared)

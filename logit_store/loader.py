@@ -38,12 +38,12 @@ class Loader:
         kind: Literal["threads", "processes"] = "threads",
         ahead: int = 4,
     ) -> None:
-        """``split``: the rows to take, or None for all. Raises ValueError where nothing is left to give out."""
+        """``split``: the rows to take, or None for all with labels. Raises ValueError: there are none for some rank."""
         if not 0 <= rank < num_ranks <= rows_per_step:
             raise ValueError(f"rank {rank} of {num_ranks} with {rows_per_step} rows per step: some rank would get none")
         self.store, self.rows_per_step, self.rank, self.num_ranks = store, rows_per_step, rank, num_ranks
         self.workers, self.kind, self.ahead = workers, kind, max(ahead, 1)
-        self._rows = store.rows(split) if split is not None else None
+        self._rows = store.rows(split) if split is not None or store.left_out else None
         self._order = Order(len(store) if self._rows is None else len(self._rows), seed)
         self._step = 0
 

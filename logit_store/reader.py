@@ -70,8 +70,10 @@ class _Store(ABC, Generic[RowT]):
         shard, block, i = self._find(row)
         return self._token_block(shard, block)[i]
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the rows in ``split``, ascending."""
+    def rows(self, split: str | None) -> NDArray[np.int64]:
+        """Numbers of the rows in ``split``, or of all (None), ascending."""
+        if split is None:
+            return np.arange(len(self))
         return np.flatnonzero(self.index.splits_N == SPLITS.index(split))
 
     @property
@@ -198,8 +200,8 @@ class LogitStore(_Store[LogitRow]):
         """Rows that the teacher could not score, and why: they have tokens but no labels."""
         return {int(row): reason for row, reason in self.manifest.get("left_out", {}).items()}
 
-    def rows(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the rows in ``split`` that have labels, ascending."""
+    def rows(self, split: str | None) -> NDArray[np.int64]:
+        """Numbers of the rows in ``split``, or of all (None), that have labels, ascending."""
         rows = super().rows(split)
         return rows[~np.isin(rows, list(self.left_out))] if self.left_out else rows
 

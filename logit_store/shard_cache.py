@@ -40,7 +40,7 @@ class ShardCache:
             self.folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{uuid.uuid4().hex}.tmp")
         try:
-            storage.fs.get_file(storage.path(name), str(temporary))
+            storage.fetch(name, str(temporary))
             if digest_file(temporary) != sha256:
                 raise CorruptError(f"{storage.path(name)} is damaged: its checksum does not match. {REDO}")
             os.replace(temporary, path)

@@ -19,7 +19,7 @@ from logit_store.format import TEMPORARY_SUFFIX
 PIECE_BYTES = 8 * 2**20
 """Read at a time of files that are looked at whole: large enough for object stores, small beside a shard."""
 
-RETRY_DELAYS_S = (0.1, 0.4, 1.6, 6.4)
+RETRY_DELAYS_S: tuple[float, ...] = (0.1, 0.4, 1.6, 6.4)
 """Pauses between attempts at a call that failed in a way that may pass. Longer outages are for whoever calls."""
 
 LASTING: tuple[type[Exception], ...] = (
@@ -78,9 +78,17 @@ class Storage:
         """All bytes of a file, mapped where it is local. Raises FileNotFoundError."""
         if not self.is_local:
             return pa.py_buffer(self.read(name))
-        if not os.path.getsize(self.path(name)):
-            return pa.py_buffer(b"")  # nothing cannot be mapped
-        return pa.memory_map(self.path(name)).read_buffer()
+
+        def mapped() -> pa.Buffer:
+            if not os.path.getsize(self.path(name)):
+                return pa.py_buffer(b"")  # nothing cannot be mapped
+            return pa.memory_map(self.path(name)).read_buffer()
+
+        return self._patiently(name, mapped)
+
+    def fetch(self, name: str, path: str) -> None:
+        """Copy a file to the local ``path``. Raises FileNotFoundError."""
+        self._patiently(name, lambda: self.fs.get_file(self.path(name), path))
 
     def names(self, folder: str) -> list[str]:
         """Sorted names of files and folders in ``folder``, without it; empty where there is no such folder."""

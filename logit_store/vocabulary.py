@@ -15,11 +15,14 @@ def vocabulary_size(tokenizer: Any) -> int:
 
 def describe_tokenizer(tokenizer: Any) -> dict[str, Any]:
     """Hashes of the vocabulary map and of each further part, in a form that padding and truncation do not change."""
-    parts: dict[str, Any] = {}
+    parts: dict[str, Any] = {"special_tokens": {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}}
     if getattr(tokenizer, "backend_tokenizer", None) is not None:
         canonical = json.loads(tokenizer.backend_tokenizer.to_str())
-        parts = {
-            "merges": canonical["model"].get("merges"),
+        model = canonical["model"]
+        parts |= {
+            "merges": model.get("merges"),
+            "scores": model["vocab"] if isinstance(model.get("vocab"), list) else None,  # of Unigram models
+            "model": {k: v for k, v in model.items() if k not in ("vocab", "merges")},
             **{part: canonical.get(part) for part in ("normalizer", "pre_tokenizer", "post_processor", "added_tokens")},
         }
     return {

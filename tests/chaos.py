@@ -169,6 +169,7 @@ def torment(
     stores that were finished, and how often what was killed.
     """
     kills: Counter[str] = Counter()
+    deck: list[str] = []
     stores = [folder / "0"]
     job = Job(config, stores[0], cluster)
     while True:
@@ -182,9 +183,11 @@ def torment(
             stores.append(folder / str(len(stores)))
             job = Job(config, stores[-1], cluster)
             continue
-        what = rng.choice(["worker", "worker", "driver", "node"])
-        if what == "worker" and not job.kill_worker(rng):
-            continue
+        if not deck:
+            deck = rng.sample(["worker", "worker", "driver", "node"], 4)
+        if deck[-1] == "worker" and not job.kill_worker(rng):
+            continue  # none is alive just now
+        what = deck.pop()
         if what == "driver":
             job.kill_driver()
         if what == "node":

@@ -13,7 +13,7 @@ from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from cluster.worker import TeacherWorker
-from logit_store import Targets
+from logit_store import Targets, storage
 from logit_store.errors import TeacherError
 
 DEADLY, NOT_A_NUMBER = 200, 201
@@ -64,7 +64,8 @@ class Placed:
 
 
 class FlakyFileSystem(DirFileSystem):
-    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in four.
+    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in four, never three times
+    in a row.
 
     Errors, time-outs, and the worst: a write that was carried out, and said to have failed.
     """
@@ -76,10 +77,12 @@ class FlakyFileSystem(DirFileSystem):
         super().__init__(path="/", fs=LocalFileSystem())
         self._random = np.random.default_rng()
         self._lock = threading.Lock()
+        self._failures = 0
 
     def _fail(self) -> None:
         with self._lock:
-            drawn = self._random.random()
+            drawn = self._random.random() if self._failures < 2 else 1.0
+            self._failures = self._failures + 1 if drawn < 0.25 else 0
         if drawn < 0.125:
             raise TimeoutError("the object store did not answer")
         if drawn < 0.25:
@@ -97,6 +100,10 @@ class FlakyFileSystem(DirFileSystem):
         self._fail()
         return bytes(super().cat_file(path, start, end, **options))
 
+    def get_file(self, rpath: str, lpath: str, **options: Any) -> None:
+        self._fail()
+        super().get_file(rpath, lpath, **options)
+
     def exists(self, path: str, **options: Any) -> bool:
         self._fail()
         return bool(super().exists(path, **options))
@@ -107,7 +114,11 @@ class FlakyFileSystem(DirFileSystem):
 
 
 class FlakyStorageWorker(TeacherWorker):
-    """A worker that knows the flaky file system."""
+    """A worker that knows the flaky file system, and gives up at the first failure."""
+
+    def __init__(self, *arguments: Any) -> None:
+        storage.RETRY_DELAYS_S = ()
+        super().__init__(*arguments)
 
 
 fsspec.register_implementation("flaky", FlakyFileSystem, clobber=True)

@@ -94,8 +94,9 @@ def diff_command(url: str, other_url: str, tolerance: float, as_json: bool) -> i
 
 
 def _row_differences(first: LogitStore, second: LogitStore) -> Iterator[RowDifference]:
+    """Of the rows that have labels in both; ids that only one of the two could not score say nothing of labels."""
     forced_ids = [store.manifest["forced_ids"] for store in (first, second)]
-    for row in range(len(first)):
+    for row in np.setdiff1d(first.rows(None), list(second.left_out)).tolist():
         a, b = first[row], second[row]
         if not _same_tokens(a.tokens, b.tokens):
             raise IdentityError(

@@ -69,12 +69,14 @@ def export(url: str, out: str, form: str = "parquet", rows: str | None = None, s
 
 
 def choose_rows(store: TokenStore | LogitStore, span: range, split: str | None) -> NDArray[np.int64]:
-    """Numbers of the rows in ``span`` and in ``split``, ascending. Raises ConfigError: there are none."""
+    """Numbers of the rows in ``span`` and in ``split`` that have labels, if they can, ascending.
+
+    Raises ConfigError: there are none.
+    """
     if split is not None and split not in SPLITS:
         raise ConfigError(f"--split {split}: give one of {', '.join(SPLITS)}")
-    chosen_N = np.arange(span.start, span.stop)
-    if split is not None:
-        chosen_N = chosen_N[store.index.splits_N[chosen_N] == SPLITS.index(split)]
+    of_split_N = store.rows(split)
+    chosen_N = of_split_N[(of_split_N >= span.start) & (of_split_N < span.stop)]
     if not len(chosen_N):
         of_split = f" of split {split}" if split else ""
         raise ConfigError(f"{store.storage.url} has no rows{of_split} among rows {span.start}:{span.stop}")

@@ -57,7 +57,10 @@ def stats(url: str, out: str | None = None, num_rows: int = DEFAULT_ROWS, as_jso
     if out is not None:  # before the reading, which may take a while
         require_libraries()
         require_outside(Storage(out), store.storage)
-    sample = read_sample(store, sample_rows(len(store), num_rows)) if isinstance(store, LogitStore) else None
+    sample = None
+    if isinstance(store, LogitStore):
+        labelled = store.rows(None)
+        sample = read_sample(store, labelled[sample_rows(len(labelled), num_rows)])
     found = figures(store, num_rows, sample)
     if as_json:
         print(json.dumps(finite(found), indent=2))

@@ -33,6 +33,7 @@ def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
             "draws_per_position": store.shards.total("draws") / max(positions, 1),
             "kept_mass": store.shards.total("kept_mass") / max(positions, 1),
             "rows_left_out": len(store.left_out),
+            "left_out": {str(row): reason for row, reason in store.left_out.items()},
             "codec": store.codec.kind,
             "codec_mean_kl": float((positions_of * kl).sum()) / max(positions, 1),
             "codec_max_error": float(store.shards.columns["max_error"].max(initial=0.0)),

@@ -1,0 +1,120 @@
+"""The pool against a cluster of our own making: places for workers come and go, and nothing is waited for for ever."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from cluster import ray_workers
+from cluster.config import ClusterConfig
+from cluster.pool import Event, Pool
+from cluster.ray_workers import WorkerDied
+from cluster.schedule import Cause, Limits, Schedule, Task
+from logit_store.errors import TeacherError
+
+ROWS = 8
+
+
+class Room:
+    """A cluster with places for so many workers; others wait. What they are asked is answered at once."""
+
+    def __init__(self, places: int, answer: Callable[[str, Any], Any]) -> None:
+        self.places, self.answer = places, answer
+        self.workers: list[object] = []
+        self.calls: dict[object, tuple[object, str, tuple[Any, ...]]] = {}
+
+    def start_worker(self, *_arguments: Any) -> object:
+        self.workers.append(object())
+        return self.workers[-1]
+
+    def call(self, worker: object, method: str, *arguments: Any) -> object:
+        call = object()
+        self.calls[call] = (worker, method, arguments)
+        return call
+
+    def wait(self, calls: list[object], timeout_s: float) -> list[object]:
+        alive = self.workers[: self.places]
+        ended = [call for call in calls if self.calls[call][0] in alive]
+        if not ended:
+            time.sleep(min(timeout_s, 0.01))
+        return ended[:1]
+
+    def result(self, call: object) -> Any:
+        _, method, arguments = self.calls[call]
+        return {"host": "here", "pid": 1} if method == "start" else self.answer(method, arguments[0])
+
+    def stop_workers(self, workers: list[object], gently: bool) -> None:
+        self.workers = [worker for worker in self.workers if worker not in workers]
+
+
+def run(
+    monkeypatch: pytest.MonkeyPatch, places: int, answer: Callable[[str, Any], Any], workers: int = 2, shards: int = 4
+) -> tuple[Schedule, list[Event]]:
+    """Let a pool work until it is done, or has been silent for a hundred ticks."""
+    room = Room(places, answer)
+    for name in ("start_worker", "call", "wait", "result", "stop_workers"):
+        monkeypatch.setattr(ray_workers, name, getattr(room, name))
+    schedule = Schedule(range(shards), lambda _: ROWS, Limits(retry_delay_s=0.001, num_workers=workers))
+    events: list[Event] = []
+    for event in Pool(ClusterConfig(workers=workers), object, (), schedule).run():
+        events.append(event)
+        silent = events[-100:]
+        assert len(silent) < 100 or any(event.kind != "tick" for event in silent), "the pool waits for ever"
+    return schedule, events
+
+
+def deadly(*rows: tuple[int, int]) -> Callable[[str, Any], Any]:
+    """Answers of workers that die of these rows (shard, place)."""
+
+    def answer(_method: str, task: Task) -> dict[str, Any]:
+        scored = [row for row in task.probe or range(ROWS) if row not in dict(task.left_out)]
+        if any((task.shard, row) in rows for row in scored):
+            raise WorkerDied(Cause.PROCESS, "killed")
+        return {}
+
+    return answer
+
+
+@pytest.mark.parametrize("places", [1, 2])
+def test_a_cluster_with_room_for_fewer_workers_than_asked_for(monkeypatch: pytest.MonkeyPatch, places: int) -> None:
+    """What needs a fresh worker is not kept for one that finds no place."""
+    schedule, _ = run(monkeypatch, places, deadly((1, 3), (2, 0)))
+    assert schedule.num_done == 4
+    assert set(schedule.left_out) == {(1, 3), (2, 0)}
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_rows_that_kill_beside_each_other(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Windows of one bad document: each verdict takes three deaths, and they are no sign that nothing works."""
+    bad = [(0, row) for row in range(1, 7)]
+    schedule, events = run(monkeypatch, workers, deadly(*bad), workers, shards=1)
+    assert sorted(schedule.left_out) == bad
+    assert [event.kind for event in events].count("left_out") == len(bad)
+
+
+def test_a_machine_that_stops_working_later_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A teacher that cannot be loaded ends a job only before any could."""
+    starts = [0]
+
+    def answer(_method: str, task: Task) -> dict[str, Any]:
+        if task.shard == 2 and starts[0] == 0:
+            starts[0] = 1
+            raise WorkerDied(Cause.PROCESS, "killed")
+        return {}
+
+    original = Room.result
+
+    def result(self: Room, call: object) -> Any:
+        if self.calls[call][1] == "start" and starts[0] == 1:
+            starts[0] = 2
+            raise TeacherError("no GPU here any more")
+        return original(self, call)
+
+    monkeypatch.setattr(Room, "result", result)
+    schedule, events = run(monkeypatch, 1, answer, workers=1)
+    assert schedule.num_done == 4
+    assert [e.fields["reason"] for e in events if e.kind == "died"] == ["killed", "no GPU here any more"]
+    starts[0] = 1
+    with pytest.raises(TeacherError, match="no GPU here"):
+        run(monkeypatch, 1, answer, workers=1)
