@@ -121,7 +121,7 @@ def _parse(file: SourceFile, number: int, line: bytes) -> dict[str, Any]:
         document = json.loads(line)
         if rb"\ud" in line.lower():  # half a surrogate pair is no character, and JSON lets it pass
             json.dumps(document, ensure_ascii=False).encode()
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CorpusError(f"{file.name} cannot be read as {file.format}: line {number}: {error}") from error
     if not isinstance(document, dict):
         raise CorpusError(

@@ -67,11 +67,23 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
     return [SourceFile(path.rsplit("/", 1)[-1], path, data_format, stamp, size) for path, stamp, size in found]
 
 
+CHANGE_WITH_CONTENT = (
+    "size", "etag", "last-modified", "lastmodified", "last_modified", "mtime", "modified", "updated", "generation",
+    "md5hash", "content-md5", "content_md5", "crc32c", "versionid",
+)  # fmt: skip
+"""What file systems tell of a file that is another one for another content."""
+
+
 @contextmanager
 def open_stream(file: SourceFile) -> Iterator[io.BufferedReader]:
-    """The file's bytes, decompressed."""
-    with fsspec.open(_path(file), "rb", compression="infer") as raw:
-        yield io.BufferedReader(raw, BUFFER_BYTES)
+    """The file's bytes, decompressed. Raises OSError, EOFError: the file is cut short, if it is compressed."""
+    if infer_compression(file.path) != "zstd":
+        with fsspec.open(_path(file), "rb", compression="infer") as raw:
+            yield io.BufferedReader(raw, BUFFER_BYTES)
+        return
+    # fsspec's reader takes the end of a file for the end of what was compressed.
+    with fsspec.open(_path(file), "rb") as raw, pa.PythonFile(raw, "r") as opened:
+        yield io.BufferedReader(pa.CompressedInputStream(opened, "zstd"), BUFFER_BYTES)
 
 
 @contextmanager
@@ -104,12 +116,18 @@ def _expand(patterns: list[str]) -> list[tuple[str, str, float]]:
             if "file" in fs.protocol:
                 files += [(path, *_local_facts(path)) for path in found]
             else:
-                files += [(fs.unstrip_protocol(path), str(fs.ukey(path)), inf) for path in found]
+                files += [(fs.unstrip_protocol(path), _remote_stamp(fs, path), inf) for path in found]
         except (ValueError, ImportError, OSError) as error:
             raise CorpusError(f"file {pattern!r} cannot be looked up: {error}") from error
         if not found:
             raise CorpusError(f"no file matches {pattern!r} (tokens.source.files)")
     return files
+
+
+def _remote_stamp(fs: Any, path: str) -> str:
+    """What changes when the file does: fsspec's own key, which for some file systems is the name alone, and more."""
+    told = {key: str(value) for key, value in fs.info(path).items() if key.lower() in CHANGE_WITH_CONTENT}
+    return digest_json([str(fs.ukey(path)), told])
 
 
 def _local_facts(path: str) -> tuple[str, int]:

@@ -36,7 +36,10 @@ def table_kinds(file: SourceFile) -> dict[str, str]:
     """The kind of each column, from the file's schema alone. Raises CorpusError."""
     with reading(file), open_table(file, footer_only=file.format == "parquet") as opened:
         schema = pq.ParquetFile(opened).schema_arrow if file.format == "parquet" else _open_arrow(opened)[0]
-    return {field.name: kind_of(field.type) for field in schema}
+    kinds = {field.name: kind_of(field.type) for field in schema}
+    if twice := sorted(name for name in kinds if schema.names.count(name) > 1):
+        raise CorpusError(f"{file.name} has more than one column {twice[0]!r}, and which one is meant nobody can tell")
+    return kinds
 
 
 def measure_table(file: SourceFile, wanted: dict[str, str], content: str) -> Measure:

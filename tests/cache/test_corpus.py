@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from cluster import documents
 from cluster.config import SourceConfig
-from cluster.corpus import Corpus, corpus_identity, wanted_columns
+from cluster.corpus import Corpus, corpus_identity, first_documents, wanted_columns
 from cluster.files import find_files
 from cluster.scan import keep_scan, known_scan, scan_files
 from logit_store.errors import CorpusError
@@ -284,7 +284,7 @@ def test_hub_datasets_that_cannot_be_read(hub_cache: Path, source: dict[str, Any
 FROM_HUB = """
 import json, sys
 from cluster.config import SourceConfig
-from cluster.corpus import Corpus, corpus_identity, wanted_columns
+from cluster.corpus import Corpus, corpus_identity, first_documents, wanted_columns
 from cluster.files import find_files
 from cluster.scan import scan_files
 source = SourceConfig(**json.loads(sys.argv[1]))
@@ -329,3 +329,17 @@ def test_of_a_hub_dataset_each_file_is_fetched_where_it_is_read(tmp_path: Path) 
         assert served.total() > before
     with pytest.raises(AssertionError, match=r"train-0\.parquet cannot be read as parquet: .*offline"):
         from_hub(address, tmp_path, source, [0, 1], HF_HUB_OFFLINE="1")
+
+
+def test_a_compressed_file_that_is_cut_short(tmp_path: Path) -> None:
+    """It must not pass for a shorter corpus."""
+    lines = b"".join(b'{"text": "line %d"}\n' % i for i in range(5000))
+    whole = zstandard.ZstdCompressor().compress(lines)
+    path = tmp_path / "c.jsonl.zst"
+    path.write_bytes(whole + whole)  # frames one after the other are one file
+    (file,) = find_files(SourceConfig(files=[str(path)]))
+    assert sum(1 for _ in first_documents([file], ("text",))) == 10_000
+    path.write_bytes(whole[: len(whole) // 2])
+    (file,) = find_files(SourceConfig(files=[str(path)]))
+    with pytest.raises(CorpusError, match=r"c\.jsonl\.zst cannot be read as json: .*Truncated"):
+        list(first_documents([file], ("text",)))

@@ -147,7 +147,7 @@ def test_the_tail_of_a_peaked_row_keeps_its_digits() -> None:
 ALL_KINDS: list[dict[str, Any]] = [
     {"k": 40},
     {"kind": "top_p", "p": 0.999999, "k": 40, "always": list(range(40))},
-    {"kind": "threshold", "tau": 1e-6},
+    {"kind": "threshold", "tau": 1e-4},
     {"kind": "counts", "draws": 3, "always": list(range(40))},
 ]
 
@@ -220,3 +220,19 @@ def test_a_store_gives_back_what_was_chosen(kind: dict[str, Any], tmp_path: Path
     for row, (_, targets) in enumerate(rows):
         for name, wanted, found in zip(Targets._fields, targets, store[row].targets, strict=True):
             np.testing.assert_array_equal(found, wanted, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", [{"k": 8}, {"kind": "threshold", "tau": 0.05}])
+def test_a_common_offset_of_the_logits_costs_no_digits(kind: dict[str, Any]) -> None:
+    """Some models' logits lie around −100: float32 has 5 digits left there, and log-probs need more."""
+    generator = torch.Generator().manual_seed(5)
+    logits_NW = (torch.randn(6, 5000, generator=generator) * 3).double()
+    offset_NW = (logits_NW - 300).float()
+    next_ids_N = torch.arange(6)
+    selector = Selector(TargetsConfig(**kind, temperatures=[0.25]), 5000, "labels")
+    targets = selector.select(offset_NW, next_ids_N, next_ids_N, next_ids_N)
+    log_p_NW = offset_NW.double().log_softmax(-1)
+    expected = log_p_NW[torch.arange(6), next_ids_N].numpy()
+    np.testing.assert_allclose(targets.next_logprob_P, expected, atol=2e-6)
+    partition = (4 * log_p_NW).logsumexp(-1).numpy()
+    np.testing.assert_allclose(targets.log_partition_PS[:, 0], partition, atol=1e-5)
