@@ -80,7 +80,7 @@ def test_cache_refuses_before_anything_is_written(
         f"teacher.model={encoder}": "BertModel (model type bert), which has no causal LM head",
         f"teacher.model={pickled}": "holds no weights in *.safetensors. Pickle files",
         "targets.always=[7,400]": "targets.always names id 400, but the vocabulary has the ids 0 to 399",
-        "targets.kind=threshold": "targets: kind=threshold needs `tau`",
+        "targets.kind=threshold": "targets: kind=threshold has no `k`",
         "teacher.tensor_parallel=2": "tensor_parallel is not for teacher.backend=transformers: leave it out",
         "cluster.gpus_per_worker=1": "cluster.workers × cluster.gpus_per_worker = 2, but the cluster has 0 GPUs",
         "tokens.path=/nowhere": "/nowhere holds no decant store",
