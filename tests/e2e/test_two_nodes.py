@@ -16,7 +16,7 @@ from tests.ray_node import ray_node, token_environment, wait_until
 from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
 
 PORT = 6379
-NUM_SHARDS = 16
+NUM_SHARDS = 48
 
 FINISHED_BY_ADDRESS = """
 import collections, json, ray, sys
@@ -31,9 +31,9 @@ print(json.dumps(collections.Counter(address[task.node_id] for task in scored)))
 
 @pytest.fixture(scope="module")
 def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A config of some ten seconds of work (one row per batch), and the shards of a quiet run on one machine."""
+    """A config of half a minute of work (one row per batch), and the shards of a quiet run on one machine."""
     raw = json.loads(json.dumps(cache_config))
-    texts = [path.read_text()[:4000] for path in sorted(Path(json.__file__).parents[1].glob("[a-c]*.py"))]
+    texts = [path.read_text()[:12_000] for path in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py"))]
     corpus = shared / "nodes.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     raw["tokens"] |= {
