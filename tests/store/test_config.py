@@ -25,7 +25,7 @@ STUDENT = ROOT / "configs/demo/student-small.yaml"
         ("targets.k=0", "targets.k: .*greater than or equal to 1"),
         ("teacher.backend=onnx", "teacher.backend: .*'transformers' or 'vllm'.*got str 'onnx'"),
         ("tokens.source.files=[]", "tokens.source: give `dataset`"),
-        ("targets.temperatures=[1.0]", "targets: temperatures must be positive and other than 1"),
+        ("targets.temperatures=[1.0]", "targets: temperatures must be positive, different and other than 1"),
         ("targets", "not of the form a.b=value"),
         ("targets.k.j=1", "'k' is a value, not a section"),
     ],
