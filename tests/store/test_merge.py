@@ -132,7 +132,7 @@ def test_damaged_tokenizer_files_are_not_taken(whole: Path, tmp_path: Path) -> N
 def test_other_jobs_are_refused_and_each_field_named(whole: Path, tmp_path: Path, capsys: Any) -> None:
     other = {"teacher": "other"}
     b = part_of(whole, "b", [1], labels=other, labels_id=labels_id(other))
-    with pytest.raises(IdentityError, match=r"/b belongs to another run: labels\.teacher is .*; labels_id is .*one job"):
+    with pytest.raises(IdentityError, match=r"/b belongs to another run: labels\.teacher is .*; labels_id is .*job"):
         merge([str(whole), str(b)], str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     (tmp_path / "full").mkdir()
