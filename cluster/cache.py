@@ -47,8 +47,9 @@ def cache(config: CacheConfig, worker: type[TeacherWorker] = TeacherWorker) -> L
     """
     tokens = TokenStore.open(config.tokens.path)
     _check_tokens(config, tokens)
-    config = _pinned(config)
-    header = _header(config, tokens)
+    folder = model_folder(config.teacher.model, config.teacher.revision)
+    config = _pinned(config, folder)
+    header = _header(config, tokens, folder)
     storage = Storage(config.store.path)
     writer.check(storage, header, IDENTITY)
     if not storage.exists(MANIFEST):
@@ -109,13 +110,14 @@ def _run(pool: Pool, account: Account, config: CacheConfig) -> None:
             print_account(account, config.cluster.price_per_gpu_hour)
 
 
-def _pinned(config: CacheConfig) -> CacheConfig:
-    """The config with the commit that the teacher's Hub id stands for now: workers that start later get the same."""
+def _pinned(config: CacheConfig, folder: Path) -> CacheConfig:
+    """The config with the commit that the teacher's Hub id stands for now: workers that start later get the same.
+    Snapshots of the Hub cache are folders with the commit's name.
+    """
     teacher = config.teacher
     if Path(teacher.model).is_dir():
         return config
-    commit = model_folder(teacher.model, teacher.revision).name
-    return config.model_copy(update={"teacher": teacher.model_copy(update={"revision": commit})})
+    return config.model_copy(update={"teacher": teacher.model_copy(update={"revision": folder.name})})
 
 
 def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
@@ -125,14 +127,13 @@ def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
     require_equal({key: tokens.manifest[key] for key in asked}, asked, config.tokens.path, remedy)
 
 
-def _header(config: CacheConfig, tokens: TokenStore) -> dict[str, Any]:
+def _header(config: CacheConfig, tokens: TokenStore, folder: Path) -> dict[str, Any]:
     from cluster.targets import check_targets
 
     manifest, targets = tokens.manifest, config.targets
     vocabulary_size = int(manifest["vocabulary_size"])
     check_targets(targets, vocabulary_size)
     _check_engine(config)
-    folder = model_folder(config.teacher.model, config.teacher.revision)
     _check_teacher(folder, config.teacher, int(tokens.lengths_N.max()), vocabulary_size)
     _check_teacher_tokenizer(folder, manifest)
     labels = {

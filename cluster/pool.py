@@ -52,11 +52,6 @@ class Pool:
         self._has_started = False
         self._slots = [_Slot(number) for number in range(min(config.workers, schedule.num_left))]
 
-    @property
-    def num_alive(self) -> int:
-        """Workers that have their teacher loaded."""
-        return sum(slot.is_ready for slot in self._slots)
-
     def run(self) -> Iterator[Event]:
         """Do all that the schedule holds. Raises the error of ours that ends the job, such as a full disk.
 

@@ -49,10 +49,8 @@ def job_progress(account: Account) -> Iterator[Callable[[], None]]:
         def show() -> None:
             now = [f"{account.tokens_per_s:,.0f} tok/s", f"{left(account.seconds_left)} left"]
             now.append(f"{len(account.workers)} workers" if account.workers else "waiting for workers")
-            retries = sum(account.retries.values())
-            now += [f"{retries} retries"] * bool(retries) + [f"{len(account.left_out)} left out"] * bool(
-                account.left_out
-            )
+            troubles = {"retries": sum(account.retries.values()), "left out": len(account.left_out)}
+            now += [f"{count} {what}" for what, count in troubles.items() if count]
             progress.update(task, completed=account.num_done, now=", ".join(now))
 
         yield show

@@ -126,7 +126,6 @@ def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], 
     targets = parse_config(TargetsConfig, labels["targets"], "the store's targets")
     if targets.k is not None:
         targets = targets.model_copy(update={"k": store.manifest["k"]})
-
     selector = Selector(targets, store.manifest["vocabulary_size"], labels_id(labels))
     on_gpu = was_on_gpu and torch.cuda.is_available()
     return build_teacher(config, selector, int(store.lengths_N.max()), on_gpu)

@@ -102,7 +102,6 @@ class Schedule:
         """``shards`` in the order in which they are to be done; ``num_rows(shard)`` is asked of troubled ones only."""
         self.limits = limits
         self.num_done = 0
-        self.num_retries = 0
         self.given_up: dict[int, str] = {}
         """Shards that could not be made, with the last reason."""
         self.left_out: dict[tuple[int, int], str] = {}
@@ -216,7 +215,6 @@ class Schedule:
             self.last_reason = reason
 
     def _retry(self, worker: int, task: Task, cause: Cause, reason: str, now: float) -> None:
-        self.num_retries += 1
         trouble = self._released(worker, task)
         if cause == Cause.OUTSIDE:
             if trouble is None:

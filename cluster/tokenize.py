@@ -7,6 +7,8 @@ from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from cluster import ray_cluster, ray_tasks
 from cluster.chat import ChatEncoder, chat_template
 from cluster.config import CacheConfig, ClusterConfig, TokensConfig
@@ -195,8 +197,7 @@ def _scan_stretch(wanted: Wanted, item: tuple[range, list[SourceFile]]) -> tuple
 
 def _make_shards(storage: Storage, job: Job) -> None:
     num_shards = job.header["num_shards"]
-    names = set(storage.names("shards"))
-    todo = [s for s in range(num_shards) if record_name(s).removeprefix("shards/") not in names]
+    todo = np.flatnonzero(~writer.is_committed(storage, num_shards)).tolist()
     longest = -(-len(todo) // MAX_TASKS)
     if any(file.is_compressed for file in job.corpus.files):
         longest = max(longest, -(-num_shards // (READERS_PER_FILE * len(job.corpus.files))))

@@ -58,7 +58,7 @@ class TransformersTeacher:
         """
         try:
             return self._score_at_once(ids_BT, numbers_B, chunk)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
             if not is_out_of_memory(error):
                 raise
             reason = " ".join(str(error).split())

@@ -66,13 +66,13 @@ class TeacherWorker:
     def work(self, task: Task) -> dict[str, Any]:
         """Score a shard and commit it, or score a part of it and forget it; what that came to, in figures."""
         numbers, left_out = self.tokens.shard_rows(task.shard), dict(task.left_out)
-        places = [i for i in task.probe or range(len(numbers)) if i not in left_out]
-        rows = {i: self.tokens[numbers[i]] for i in places}
-        targets, seconds, oom_splits = self._score(task, numbers, rows)
+        rows = {i: self.tokens[numbers[i]] for i in task.probe or range(len(numbers))}
+        scorable = {i: row for i, row in rows.items() if i not in left_out and len(row.input_ids_T) > 1}
+        targets, seconds, oom_splits = self._score(task, numbers, scorable)
         if task.probe is not None:
             return {"seconds": seconds, "oom_splits": oom_splits}
         phases = Phases()
-        record = self._commit(task, numbers, targets, phases)
+        record = self._commit(task, rows, targets, phases)
         seconds |= phases.take()
         figures = {name: record[name] for name in ("rows", "tokens", "positions", "bytes")}
         return {**figures, "left_out": len(left_out), "seconds": seconds, "oom_splits": oom_splits}
@@ -85,25 +85,24 @@ class TeacherWorker:
     def _score(
         self, task: Task, numbers: range, rows: dict[int, TokenRow]
     ) -> tuple[dict[int, Targets], dict[str, float], int]:
-        """Targets of the rows that have positions; seconds by phase; how often a batch was split for want of memory."""
-        scorable = [i for i, row in rows.items() if len(row.input_ids_T) > 1]
+        """Targets of rows that have positions; seconds by phase; how often a batch was split for want of memory."""
         with self._has_teacher:
             waited = time.perf_counter() - self._idle_since
             self.teacher.batch_tokens = max(1, self.config.teacher.batch_tokens >> task.halvings)
             splits = self.teacher.oom_splits
-            scored = self.teacher.score([rows[i].input_ids_T for i in scorable], [numbers[i] for i in scorable])
+            scored = self.teacher.score([row.input_ids_T for row in rows.values()], [numbers[i] for i in rows])
             seconds = {**self.teacher.phases.take(), "wait": waited}
             self._idle_since = time.perf_counter()
-            return dict(zip(scorable, scored, strict=True)), seconds, self.teacher.oom_splits - splits
+            return dict(zip(rows, scored, strict=True)), seconds, self.teacher.oom_splits - splits
 
-    def _commit(self, task: Task, numbers: range, targets: dict[int, Targets], phases: Phases) -> dict[str, Any]:
+    def _commit(
+        self, task: Task, rows: dict[int, TokenRow], targets: dict[int, Targets], phases: Phases
+    ) -> dict[str, Any]:
         """Put labels to the shard's rows and write them; the record that stands."""
         shape = len(self.header["temperatures"]), len(self.header["forced_ids"])
-        labelled = []
-        for i, number in enumerate(numbers):
-            row = self.tokens[number]
-            nothing = Targets.of_nothing(max(len(row.input_ids_T) - 1, 0), *shape)
-            labelled.append(LogitRow(row, targets.get(i, nothing)))
+        for i in rows.keys() - targets.keys():
+            targets[i] = Targets.of_nothing(max(len(rows[i].input_ids_T) - 1, 0), *shape)
+        labelled = [LogitRow(row, targets[i]) for i, row in rows.items()]
         with phases.measure("encode"):
             try:
                 prepared = writer.prepare_logits(labelled, self.header, dict(task.left_out))
