@@ -64,15 +64,18 @@ class TeacherWorker:
         return build_teacher(self.config.teacher, selector, longest, on_gpu, executor)
 
     def work(self, task: Task) -> dict[str, Any]:
-        """Score a shard and commit it, or score a part of it and forget it; what that came to, in figures."""
+        """Score a shard and commit it, or try a part of it and write nothing; what that came to, in figures."""
         numbers, left_out = self.tokens.shard_rows(task.shard), dict(task.left_out)
         rows = {i: self.tokens[numbers[i]] for i in task.probe or range(len(numbers))}
         scorable = {i: row for i, row in rows.items() if i not in left_out and len(row.input_ids_T) > 1}
         targets, seconds, oom_splits = self._score(task, numbers, scorable)
-        if task.probe is not None:
-            return {"seconds": seconds, "oom_splits": oom_splits}
         phases = Phases()
-        record = self._commit(task, rows, targets, phases)
+        with phases.measure("encode"):
+            prepared = self._prepare(task, rows, targets)
+        if task.probe is not None:
+            return {"seconds": seconds | phases.take(), "oom_splits": oom_splits}
+        with phases.measure("write"):
+            record = writer.commit(Storage(self.config.store.path), task.shard, prepared)
         seconds |= phases.take()
         figures = {name: record[name] for name in ("rows", "tokens", "positions", "bytes")}
         return {**figures, "left_out": len(left_out), "seconds": seconds, "oom_splits": oom_splits}
@@ -95,18 +98,13 @@ class TeacherWorker:
             self._idle_since = time.perf_counter()
             return dict(zip(rows, scored, strict=True)), seconds, self.teacher.oom_splits - splits
 
-    def _commit(
-        self, task: Task, rows: dict[int, TokenRow], targets: dict[int, Targets], phases: Phases
-    ) -> dict[str, Any]:
-        """Put labels to the shard's rows and write them; the record that stands."""
+    def _prepare(self, task: Task, rows: dict[int, TokenRow], targets: dict[int, Targets]) -> writer.Prepared:
+        """Put labels to the rows and encode them."""
         shape = len(self.header["temperatures"]), len(self.header["forced_ids"])
         for i in rows.keys() - targets.keys():
             targets[i] = Targets.of_nothing(max(len(rows[i].input_ids_T) - 1, 0), *shape)
         labelled = [LogitRow(row, targets[i]) for i, row in rows.items()]
-        with phases.measure("encode"):
-            try:
-                prepared = writer.prepare_logits(labelled, self.header, dict(task.left_out))
-            except StoreError as error:  # about these labels, and no others
-                raise TeacherError(f"labels of shard {task.shard} cannot be stored: {error}") from error
-        with phases.measure("write"):
-            return writer.commit(Storage(self.config.store.path), task.shard, prepared)
+        try:
+            return writer.prepare_logits(labelled, self.header, dict(task.left_out))
+        except StoreError as error:  # about these labels, and no others
+            raise TeacherError(f"labels of shard {task.shard} cannot be stored: {error}") from error

@@ -16,12 +16,13 @@ from cluster.worker import TeacherWorker
 from logit_store import Targets, storage
 from logit_store.errors import TeacherError
 
-DEADLY, NOT_A_NUMBER = 200, 201
-"""Ids that no ordinary row begins with twice: a row that begins with two of them kills, or gives NaN."""
+DEADLY, NOT_A_NUMBER, NO_DISTRIBUTION = 200, 201, 202
+"""Ids that no ordinary row begins with twice: a row that begins with two of them kills, gives NaN, or labels whose sum
+is not 1."""
 
 
 class FaultyTeacher:
-    """A real teacher, but for rows that begin with two deadly ids."""
+    """A real teacher, but for rows that begin with two such ids."""
 
     def __init__(self, teacher: Any) -> None:
         self.teacher = teacher
@@ -35,7 +36,11 @@ class FaultyTeacher:
                 os.kill(os.getpid(), signal.SIGKILL)
             if row[:2].tolist() == [NOT_A_NUMBER, NOT_A_NUMBER]:
                 raise TeacherError("the teacher's logits hold NaN or infinity")
-        return self.teacher.score(rows, numbers)
+        scored: list[Targets] = self.teacher.score(rows, numbers)
+        for row, targets in zip(rows, scored, strict=True):
+            if row[:2].tolist() == [NO_DISTRIBUTION, NO_DISTRIBUTION]:
+                targets.tail_logmass_P[:] = 0.0
+        return scored
 
 
 class FaultyWorker(TeacherWorker):

@@ -1,6 +1,7 @@
 """`decant merge`: shards of one job that ran in several places, in one store."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -31,9 +32,9 @@ class Merged(NamedTuple):
 def merge(urls: Sequence[str], out: str) -> Merged:
     """Copy the committed shards of several stores of one identity, finished or not, into the store ``out``.
 
-    Objects and records are copied byte for byte, each verified before; of several, the first undamaged one is taken.
-    A shard that ``out`` has stays. The store is finished if nothing is missing; if something is, the command that
-    makes such stores goes on with it.
+    Objects and records are copied byte for byte, each verified before; of several undamaged ones, the one with the
+    fewest rows left out is taken, or the first. A shard that ``out`` has stays. The store is finished if nothing is
+    missing; if something is, the command that makes such stores goes on with it.
     Raises IdentityError: the stores are of different jobs, or ``out`` is something else; FormatError: no store.
     """
     sources, target = [Storage(url) for url in urls], Storage(out)
@@ -50,7 +51,7 @@ def merge(urls: Sequence[str], out: str) -> Merged:
             name = record_name(shard).removeprefix("shards/")
             if name not in committed[0]:
                 having = [source for source, names in zip(sources, committed[1:], strict=True) if name in names]
-                _copy_first(having, target, shard, schema, damaged)
+                _copy_best(having, target, shard, schema, damaged)
             advance(1)
     missing = sorted(set(range(num_shards)) - set(writer.committed(target, num_shards)))
     if not missing and not target.exists(MANIFEST):
@@ -104,25 +105,38 @@ def _header(source: Storage) -> dict[str, Any]:
     return unseal(source.read(HEADER), "header", source.path(HEADER))
 
 
-def _copy_first(sources: Sequence[Storage], target: Storage, shard: int, schema: pa.Schema, damaged: list[str]) -> None:
-    """Copy a shard from the first store that has it whole; add to ``damaged`` what is passed over."""
+def _copy_best(sources: Sequence[Storage], target: Storage, shard: int, schema: pa.Schema, damaged: list[str]) -> None:
+    """Copy a shard from the store that has it whole and with the fewest rows left out, of equals the first; add to
+    ``damaged`` what is passed over.
+    """
+    found = []
     for source in sources:
-        name = record_name(shard)
-        try:
-            sealed = source.read(name)
-            record = unseal(sealed, "record", source.path(name))
+        with _noting(source, record_name(shard), damaged):
+            sealed = source.read(record_name(shard))
+            record = unseal(sealed, "record", source.path(record_name(shard)))
             check_record(record, shard)
-            name = record["object"]
+            found.append((len(record.get("left_out", {})), source, sealed, record))
+    for _, source, sealed, record in sorted(found, key=lambda one: one[0]):
+        name, is_whole = record["object"], False
+        with _noting(source, name, damaged):
             data = source.read(name)
             check_object([data], Facts.of_record(record), schema)
-        except FileNotFoundError:
-            damaged.append(f"{source.path(name)} is missing")
-        except StoreError as error:
-            damaged.append(f"{source.path(name)} {str(error).removeprefix(source.path(name)).strip()}")
-        else:
+            is_whole = True
+        if is_whole:
             writer.put_object(target, name, data)
             target.create(record_name(shard), sealed)
             return
+
+
+@contextmanager
+def _noting(source: Storage, name: str, damaged: list[str]) -> Iterator[None]:
+    """What is wrong with the file is added to ``damaged``."""
+    try:
+        yield
+    except FileNotFoundError:
+        damaged.append(f"{source.path(name)} is missing")
+    except StoreError as error:
+        damaged.append(f"{source.path(name)} {str(error).removeprefix(source.path(name)).strip()}")
 
 
 def _tokenizer_files(sources: Sequence[Storage], damaged: list[str]) -> dict[str, bytes] | None:

@@ -21,10 +21,10 @@ from logit_store import LogitStore, Storage, TokenRow, TokenStore, writer
 from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError
 from tests import faulty
-from tests.faulty import DEADLY, NOT_A_NUMBER
+from tests.faulty import DEADLY, NO_DISTRIBUTION, NOT_A_NUMBER
 from tests.toy import write_yaml
 
-DEADLY_ROW, NAN_ROW = 13, 30
+DEADLY_ROW, NAN_ROW, WRONG_ROW = 13, 30, 31
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def local_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def poisoned_tokens(tokens: TokenStore, shared: Path, tokenizer: Path) -> TokenStore:
-    """Four shards of twelve rows, of which one kills and another gives NaN."""
+    """Four shards of twelve rows, of which one kills, another gives NaN, and another what no codec can store."""
     header = {field: tokens.manifest[field] for field in (
         "kind", "corpus", "tokenizer", "tokenizer_name", "vocabulary_size", "window", "held_out", "columns",
         "num_documents",
@@ -47,7 +47,7 @@ def poisoned_tokens(tokens: TokenStore, shared: Path, tokenizer: Path) -> TokenS
     storage, header = Storage(str(shared / "poisoned-tokens")), header | {"num_shards": 4}
     begun = writer.begin(storage, header, ["kind"])
     rows = [tokens[i] for i in range(48)]
-    for number, token in ((DEADLY_ROW, DEADLY), (NAN_ROW, NOT_A_NUMBER)):
+    for number, token in ((DEADLY_ROW, DEADLY), (NAN_ROW, NOT_A_NUMBER), (WRONG_ROW, NO_DISTRIBUTION)):
         ids = np.concatenate([[token, token], rows[number].input_ids_T[2:]]).astype(np.int32)
         rows[number] = TokenRow(rows[number].document, "train", ids)
     for shard in range(4):
@@ -75,11 +75,12 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
     path = write_yaml(tmp_path / "config.yaml", config.model_dump())
     for _ in range(2):
         assert decant.main(["cache", str(path)]) == 3
-        assert "2 rows have no labels" in capsys.readouterr().err
+        assert "3 rows have no labels" in capsys.readouterr().err
     store = LogitStore.open(config.store.path)
-    assert set(store.left_out) == {DEADLY_ROW, NAN_ROW}
+    assert set(store.left_out) == {DEADLY_ROW, NAN_ROW, WRONG_ROW}
     assert "process has died" in store.left_out[DEADLY_ROW]
     assert "NaN" in store.left_out[NAN_ROW]
+    assert "cannot be stored" in store.left_out[WRONG_ROW]
     assert decant.main(["verify", store.storage.url]) == 0
     for row in range(48):
         labelled = store[row]
@@ -87,7 +88,7 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
         assert (labelled.targets.head_counts_P == (0 if row in store.left_out else 16)).all()
     assert not set(store.left_out) & {*store.rows("train").tolist(), *store.rows("held_out").tolist()}
     found = read(store.storage.url)
-    assert (found["state"], found["shards_done"], len(found["left_out"])) == ("finished", 4, 2)
+    assert (found["state"], found["shards_done"], len(found["left_out"])) == ("finished", 4, 3)
     assert found["retries"]["worker_died"] >= 10
     log = [json.loads(line) for line in Path(f"{store.storage.url}.job/{found['log']}.jsonl").read_text().splitlines()]
     assert {"begun", "started", "died", "probed", "left_out", "done", "finished"} <= {line["event"] for line in log}

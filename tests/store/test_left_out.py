@@ -77,3 +77,7 @@ def test_nobody_reads_it_as_labels(made: tuple[LogitStore, LogitStore], tmp_path
     assert LogitStore.open(str(tmp_path / "slice")).left_out == store.left_out
     assert decant.main(["merge", store.storage.url, "--out", str(tmp_path / "merged")]) == 0
     assert LogitStore.open(str(tmp_path / "merged")).left_out == store.left_out
+    for first, second in ((store, whole), (whole, store)):
+        out = tmp_path / f"both-{first is store}"
+        assert decant.main(["merge", first.storage.url, second.storage.url, "--out", str(out)]) == 0
+        assert not LogitStore.open(str(out)).left_out  # what one of them has is no loss
