@@ -21,17 +21,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tests.toy import (
-    DECANT,
-    ROOT,
-    make_cache_config,
-    make_corpus,
-    make_long,
-    make_teacher,
-    make_tokenizer,
-    shard_bytes,
-    write_yaml,
-)
+import psutil
+
+from tests.toy import DECANT, ROOT, make_inputs, make_long, shard_bytes, write_yaml
 
 RAY = str(Path(DECANT).parent / "ray")
 PAUSE_IN_STARTS = 3.0
@@ -45,7 +37,8 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="ch", dir="/tmp"))  # Ray's socket paths must stay short
         self.address = f"127.0.0.1:{port}"
         self.environment = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-        self._head = self._start(["--head", f"--port={port}", "--num-cpus=0", "--include-dashboard=false"], "h")
+        head = ["--head", f"--port={port}", f"--temp-dir={self.folder}", "--include-dashboard=false"]
+        self._head = self._start(*head, "--num-cpus=0")
         self._nodes = [self._node() for _ in range(NUM_NODES)]
 
     def kill_node(self, rng: random.Random) -> None:
@@ -61,32 +54,29 @@ class Cluster:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _node(self) -> "subprocess.Popen[bytes]":
-        return self._start([f"--address={self.address}", "--num-cpus=1"], None)
+        return self._start(f"--address={self.address}", "--num-cpus=1")
 
-    def _start(self, options: list[str], name: str | None) -> "subprocess.Popen[bytes]":
-        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", "--object-store-memory=80000000", *options]
-        command += ["--disable-usage-stats"] + ([f"--temp-dir={self.folder}"] if name else [])
+    def _start(self, *options: str) -> "subprocess.Popen[bytes]":
+        command = [RAY, "start", "--block", "--node-ip-address=127.0.0.1", *options]
+        command += ["--object-store-memory=80000000", "--disable-usage-stats"]
         with open(self.folder / "ray.log", "ab") as log:
             return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, start_new_session=True)
 
 
 def _kill(process: "subprocess.Popen[bytes]") -> None:
-    """SIGKILL to a session: Ray's daemons and workers are in groups of their own below it."""
-    found = subprocess.run(["ps", "-s", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=False)
-    children = _descendants(process.pid)
-    for pid in {*map(int, found.stdout.split()), *children, process.pid}:
+    """SIGKILL to a process, what it has started, and what is left of its session where a parent is gone."""
+    victims = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
+    victims |= {pid for pid in psutil.pids() if _session(pid) == process.pid}
+    for pid in {*victims, process.pid}:
         _signal(pid)
     process.wait()
 
 
-def _descendants(pid: int) -> set[int]:
-    listed = subprocess.run(["ps", "-e", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    parents = {int(child): int(parent) for child, parent in map(str.split, listed.splitlines())}
-    found, new = {pid}, {pid}
-    while new:
-        new = {child for child, parent in parents.items() if parent in new} - found
-        found |= new
-    return found
+def _session(pid: int) -> int | None:
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return None
 
 
 def _signal(pid: int) -> None:
@@ -206,10 +196,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         folder = Path(name)
-        corpus = make_corpus(folder / "corpus.jsonl")
-        tokenizer = make_tokenizer(folder / "tokenizer", corpus)
-        teacher = make_teacher(folder / "teacher", tokenizer)
-        config = make_long(make_cache_config(folder, corpus, tokenizer, teacher), folder)
+        config = make_long(make_inputs(folder), folder)
         path = write_yaml(folder / "cache.yaml", config)
         for verb in ("tokenize", "cache"):
             subprocess.run([DECANT, verb, str(path)], cwd=ROOT, check=True)

@@ -3,13 +3,15 @@
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import yaml
+
+from logit_store import Storage, TokenRow, TokenStore, writer
 
 ROOT = Path(__file__).parents[1]
 DECANT = str(Path(sys.executable).parent / "decant")
@@ -81,6 +83,13 @@ def make_cache_config(folder: Path, corpus: Path, tokenizer: Path, teacher: Path
     }
 
 
+def make_inputs(folder: Path) -> dict[str, Any]:
+    """Corpus, tokenizer and teacher in the folder; the config of small stores there."""
+    corpus = make_corpus(folder / "corpus.jsonl")
+    tokenizer = make_tokenizer(folder / "tokenizer", corpus)
+    return make_cache_config(folder, corpus, tokenizer, make_teacher(folder / "teacher", tokenizer))
+
+
 def make_long(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The config of a store that takes some ten seconds to make, one row per batch; its corpus is written."""
     texts = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob("[a-d]*.py"))]
@@ -91,6 +100,29 @@ def make_long(config: dict[str, Any], folder: Path) -> dict[str, Any]:
     long["teacher"]["batch_tokens"] = 1
     long["store"]["path"] = str(folder / "long-quiet")
     return long
+
+
+def write_tokens(url: str, tokenizer: str | Path, shards: Iterable[Sequence[TokenRow]], **header: Any) -> TokenStore:
+    """A token store of these shards, without `decant tokenize`; ``header`` must have its number of shards."""
+    from cluster.tokenize import load_tokenizer
+    from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
+
+    loaded, storage = load_tokenizer(str(tokenizer), None), Storage(url)
+    whole = {
+        "kind": TokenStore.kind, "corpus": {}, "num_documents": 1, "tokenizer": describe_tokenizer(loaded),
+        "tokenizer_name": str(tokenizer), "vocabulary_size": vocabulary_size(loaded), "window": WINDOW,
+        "held_out": 0.0, "columns": {}, **header,
+    }  # fmt: skip
+    begun = writer.begin(storage, whole, ["kind"])
+    for shard, rows in enumerate(shards):
+        writer.commit_tokens(storage, shard, rows, begun)
+    writer.finish(storage, begun, tokenizer_files(loaded))
+    return TokenStore.open(url)
+
+
+def num_committed(store: Path) -> int:
+    """Shards that a job has committed so far."""
+    return len(list((store / "shards").glob("*.json")))
 
 
 def make_teacher(folder: Path, tokenizer: Path, vocab_size: int = 416, context: int = 64, seed: int = 0) -> Path:

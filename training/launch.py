@@ -18,8 +18,8 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
     Raises ConfigError, StoreError, StudentError before any rank is started.
     """
     from training.engine import free_port
+    from training.prepare import prepare
     from training.run_folder import RunFolder
-    from training.trainer import prepare
 
     config = load_config(TrainConfig, config_path, overrides)
     _check_not_shadowed()

@@ -21,11 +21,10 @@ import numpy as np
 import torch
 
 from cluster.phases import PHASES
-from logit_store import Storage, TokenRow, TokenStore, writer
-from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
+from logit_store import TokenRow
 from tests.bench import teacher as bench
 from tests.bench.machine import about
-from tests.toy import DECANT, ROOT, write_yaml
+from tests.toy import DECANT, ROOT, write_tokens, write_yaml
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "job.csv"
 SHARDS, ROWS, BATCH_ROWS, THREADS, ROUNDS = 8, 8, 2, 2, 3
@@ -71,20 +70,14 @@ def prepare(folder: Path) -> Path:
     words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(bench.V)}, unk_token="w1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w1")
     tokenizer.save_pretrained(folder / "teacher")
-    header = {
-        "kind": TokenStore.kind, "corpus": {}, "num_documents": SHARDS * ROWS,
-        "tokenizer": describe_tokenizer(tokenizer), "tokenizer_name": "words",
-        "vocabulary_size": vocabulary_size(tokenizer), "window": bench.T, "held_out": 0.0, "columns": {},
-        "num_shards": SHARDS,
-    }  # fmt: skip
-    storage, rng = Storage(str(folder / "tokens")), np.random.default_rng(0)
-    header = writer.begin(storage, header, ["kind"])
-    for shard in range(SHARDS):
-        rows = [TokenRow(i, "train", rng.integers(0, bench.V, bench.T).astype(np.int32)) for i in range(ROWS)]
-        writer.commit_tokens(storage, shard, rows, header)
-    writer.finish(storage, header, tokenizer_files(tokenizer))
+    url, rng = str(folder / "tokens"), np.random.default_rng(0)
+    shards = (
+        [TokenRow(i, "train", rng.integers(0, bench.V, bench.T).astype(np.int32)) for i in range(ROWS)]
+        for _ in range(SHARDS)
+    )
+    write_tokens(url, folder / "teacher", shards, num_shards=SHARDS, window=bench.T)
     raw: dict[str, Any] = {
-        "tokens": {"path": storage.url, "source": {"files": ["none"]}, "tokenizer": str(folder / "teacher"),
+        "tokens": {"path": url, "source": {"files": ["none"]}, "tokenizer": str(folder / "teacher"),
                    "window": bench.T, "held_out": 0.0},
         "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "batch_tokens": BATCH_ROWS * bench.T},
         "targets": {"k": 64},

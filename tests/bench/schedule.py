@@ -23,11 +23,11 @@ from cluster.config import CacheConfig
 from cluster.phases import Phases
 from cluster.schedule import Limits, Schedule
 from cluster.worker import TeacherWorker
-from logit_store import Storage, Targets, TokenRow, TokenStore, writer
+from logit_store import Storage, Targets, TokenRow, writer
 from logit_store.config import parse_config
 from logit_store.format import record_name
 from tests.bench.machine import about
-from tests.toy import make_cache_config, make_corpus, make_teacher, make_tokenizer
+from tests.toy import make_inputs, write_tokens
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "schedule.csv"
 ROWS, TOKENS = 4, 32
@@ -79,14 +79,17 @@ def keep_busy(folder: Path, workers: int, shards: int) -> tuple[float, float]:
 
     Starting 32 processes takes two cores half a minute, in which nobody gets much done: that is not the schedule's.
     """
-    corpus = make_corpus(folder / "corpus.jsonl")
-    tokenizer = make_tokenizer(folder / "tokenizer", corpus)
-    raw = make_cache_config(folder, corpus, tokenizer, make_teacher(folder / "teacher", tokenizer))
+    raw, rng = make_inputs(folder), np.random.default_rng(0)
     raw["tokens"]["num_shards"] = shards
     raw["targets"] = {"k": 16}
     raw["cluster"] = {"workers": workers, "cpus_per_worker": 1}
     config = parse_config(CacheConfig, raw, "bench")
-    make_tokens(config, shards, str(tokenizer))
+    random = (
+        [TokenRow(i, "train", rng.integers(0, 400, TOKENS).astype(np.int32)) for i in range(ROWS)]
+        for _ in range(shards)
+    )
+    held_out = config.tokens.held_out
+    write_tokens(config.tokens.path, config.tokens.tokenizer, random, num_shards=shards, held_out=held_out)
     os.environ["RAY_OVERRIDE_RESOURCES"] = f'{{"CPU": {workers}}}'
     started = time.monotonic()
     cache(config, SleepingWorker)
@@ -108,26 +111,6 @@ def busy_share(log: list[dict[str, Any]]) -> float:
         counted += sum(line["seconds"]["forward"] for line in own[1:])
         passed += done[-1]["time"] - own[0]["time"]
     return counted / passed
-
-
-def make_tokens(config: CacheConfig, shards: int, tokenizer: str) -> None:
-    """Token shards of a few short rows."""
-    from cluster.tokenize import load_tokenizer
-    from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
-
-    loaded = load_tokenizer(tokenizer, None)
-    header = {
-        "kind": TokenStore.kind, "corpus": {}, "num_documents": shards * ROWS, "tokenizer": describe_tokenizer(loaded),
-        "tokenizer_name": tokenizer, "vocabulary_size": vocabulary_size(loaded), "window": config.tokens.window,
-        "held_out": config.tokens.held_out, "columns": {}, "num_shards": shards,
-    }  # fmt: skip
-    storage = Storage(config.tokens.path)
-    header = writer.begin(storage, header, ["kind"])
-    rng = np.random.default_rng(0)
-    for shard in range(shards):
-        rows = [TokenRow(i, "train", rng.integers(0, 400, TOKENS).astype(np.int32)) for i in range(ROWS)]
-        writer.commit_tokens(storage, shard, rows, header)
-    writer.finish(storage, header, tokenizer_files(loaded))
 
 
 def plan(folder: Path, shards: int) -> tuple[float, float]:

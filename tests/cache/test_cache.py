@@ -20,7 +20,7 @@ from logit_store.config import parse_config
 from logit_store.errors import ConfigError, NotFinishedError
 from tests.toy import make_teacher
 from training.config import TrainConfig
-from training.trainer import prepare
+from training.prepare import prepare
 
 KINDS: dict[str, dict[str, Any]] = {
     "top_p": {"kind": "top_p", "p": 0.9, "k": 24, "temperatures": [2.0]},

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from logit_store import LogitStore, TokenStore
-from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
+from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
 
 STUDENT = {
     "config": {
@@ -107,20 +107,17 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
     folder = shared / "long-killed"
     arguments = ("cache", str(path), f"store.path={folder}")
 
-    def committed() -> int:
-        return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
-
     driver = Started(shared / "killed.log", *arguments)
-    driver.wait_until(lambda: committed() >= 2)
+    driver.wait_until(lambda: num_committed(folder) >= 2)
     driver.kill()
     while worker_pids():  # they die with their raylet
         time.sleep(0.1)
-    assert 2 <= committed() < 12
+    assert 2 <= num_committed(folder) < 12
     assert not (folder / "manifest.json").exists()
 
-    before = committed()
+    before = num_committed(folder)
     driver = Started(shared / "resumed.log", *arguments)
-    driver.wait_until(lambda: committed() > before)
+    driver.wait_until(lambda: num_committed(folder) > before)
     os.kill(worker_pids()[0], signal.SIGKILL)  # Ray starts it again, and its shard
     assert driver.wait() == 0, driver.log.read_text()
     assert shard_bytes(folder) == quiet

@@ -15,14 +15,13 @@ from cluster import ray_cluster, ray_workers
 from cluster.cache import cache
 from cluster.config import CacheConfig, ClusterConfig
 from cluster.status import read
-from cluster.tokenize import load_tokenizer
 from cluster.worker import TeacherWorker
-from logit_store import LogitStore, Storage, TokenRow, TokenStore, writer
+from logit_store import LogitStore, Storage, TokenRow, TokenStore
 from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError
 from tests import faulty
 from tests.faulty import DEADLY, NO_DISTRIBUTION, NOT_A_NUMBER
-from tests.toy import write_yaml
+from tests.toy import write_tokens, write_yaml
 
 DEADLY_ROW, NAN_ROW, WRONG_ROW = 13, 30, 31
 
@@ -40,21 +39,14 @@ def local_cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def poisoned_tokens(tokens: TokenStore, shared: Path, tokenizer: Path) -> TokenStore:
     """Four shards of twelve rows, of which one kills, another gives NaN, and another what no codec can store."""
-    header = {field: tokens.manifest[field] for field in (
-        "kind", "corpus", "tokenizer", "tokenizer_name", "vocabulary_size", "window", "held_out", "columns",
-        "num_documents",
-    )}  # fmt: skip
-    storage, header = Storage(str(shared / "poisoned-tokens")), header | {"num_shards": 4}
-    begun = writer.begin(storage, header, ["kind"])
     rows = [tokens[i] for i in range(48)]
     for number, token in ((DEADLY_ROW, DEADLY), (NAN_ROW, NOT_A_NUMBER), (WRONG_ROW, NO_DISTRIBUTION)):
         ids = np.concatenate([[token, token], rows[number].input_ids_T[2:]]).astype(np.int32)
         rows[number] = TokenRow(rows[number].document, "train", ids)
-    for shard in range(4):
-        writer.commit_tokens(storage, shard, rows[12 * shard : 12 * shard + 12], begun)
-    writer.finish(storage, begun, tokens.files())
-    assert load_tokenizer(str(tokenizer), None)
-    return TokenStore.open(storage.url)
+    fields = ("corpus", "num_documents", "tokenizer_name", "window", "held_out", "columns")
+    header = {field: tokens.manifest[field] for field in fields} | {"num_shards": 4}
+    shards = [rows[start : start + 12] for start in range(0, 48, 12)]
+    return write_tokens(str(shared / "poisoned-tokens"), tokenizer, shards, **header)
 
 
 @pytest.fixture

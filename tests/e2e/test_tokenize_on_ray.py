@@ -19,7 +19,7 @@ from cluster.config import ClusterConfig
 from logit_store import TokenStore
 from logit_store.errors import CorpusError, DecantError
 from tests.e2e.test_chain import Started, shard_bytes
-from tests.toy import ROOT, run_decant, write_yaml
+from tests.toy import ROOT, num_committed, run_decant, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -55,20 +55,17 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
     folder = shared / "library-killed"
     arguments = ("tokenize", str(path), f"tokens.path={folder}")
 
-    def committed() -> int:
-        return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
-
     driver = Started(shared / "tokenize-killed.log", *arguments)
-    driver.wait_until(lambda: committed() >= 3)
+    driver.wait_until(lambda: num_committed(folder) >= 3)
     orphans = psutil.Process(driver.process.pid).children(recursive=True)
     driver.kill()
     psutil.wait_procs(orphans, timeout=60)  # they die with their raylet
-    before = committed()
+    before = num_committed(folder)
     assert 3 <= before < 60
     kept = shard_bytes(folder)
 
     driver = Started(shared / "tokenize-resumed.log", *arguments)
-    driver.wait_until(lambda: committed() > before and len(task_processes(driver)) > 0)
+    driver.wait_until(lambda: num_committed(folder) > before and len(task_processes(driver)) > 0)
     for process in task_processes(driver):  # Ray starts them again, and their shards
         process.kill()
     assert driver.wait() == 0, driver.log.read_text()

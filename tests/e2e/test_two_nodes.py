@@ -13,7 +13,7 @@ import pytest
 from logit_store import LogitStore
 from tests.namespaces import Namespace, namespaces, needs_root
 from tests.ray_node import ray_node, token_environment, wait_until
-from tests.toy import DECANT, ROOT, run_decant, shard_bytes, write_yaml
+from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
 
 PORT = 6379
 NUM_SHARDS = 48
@@ -64,9 +64,6 @@ def test_a_machine_lost_in_the_middle_changes_nothing(
     head, first, second, third = machines
     environment = token_environment()
 
-    def committed() -> int:
-        return len(list((folder / "shards").glob("*.json"))) if folder.exists() else 0
-
     def finished_by_address() -> dict[str, int]:
         done = head.run(sys.executable, "-c", FINISHED_BY_ADDRESS, f"{head.address}:{PORT}", env=environment)
         assert done.returncode == 0, done.stderr
@@ -86,11 +83,11 @@ def test_a_machine_lost_in_the_middle_changes_nothing(
                 head.command(*command), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
             )
         try:
-            wait_until(lambda: committed() >= 4 or driver.poll() is not None, 120)
+            wait_until(lambda: num_committed(folder) >= 4 or driver.poll() is not None, 120)
             assert driver.poll() is None, log.read_text()
             first.unplug()
             first.kill()
-            assert committed() < NUM_SHARDS
+            assert num_committed(folder) < NUM_SHARDS
             nodes.enter_context(worker(third))
             assert driver.wait(timeout=180) == 0, log.read_text()
             scored = finished_by_address()

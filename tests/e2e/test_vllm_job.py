@@ -9,7 +9,7 @@ from pathlib import Path
 import decant
 from cluster.status import read
 from tests.e2e.test_chain import Started
-from tests.toy import run_decant
+from tests.toy import num_committed, run_decant
 
 
 def engines(ray_folder: str) -> list[int]:
@@ -32,7 +32,7 @@ def test_vllm_engine_killed_in_the_middle(long_cache: tuple[Path, dict[str, byte
     options = ("teacher.backend=vllm", "teacher.batch_tokens=512", "cluster.workers=1", "cluster.cpus_per_worker=2")
     job = Started(shared / "vllm.log", "cache", str(path), f"store.path={folder}", *options)
     try:
-        job.wait_until(lambda: folder.exists() and len(list((folder / "shards").glob("*.json"))) >= 1, 300)
+        job.wait_until(lambda: num_committed(folder) >= 1, 300)
         (engine, *_others) = engines(job.temporary)
         os.kill(engine, signal.SIGKILL)
         assert job.wait() == 0, job.log.read_text()
