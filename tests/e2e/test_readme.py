@@ -1,4 +1,4 @@
-"""The README's commands: the demo's are run at toy size on two ranks, the others read by our own parser."""
+"""The README's commands: the demo's are run at toy size, the others read by our own parser."""
 
 import os
 import re
@@ -37,8 +37,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = re.sub(r"total_curriculum_tokens: .*", "total_curriculum_tokens: 10_000", text)
         text = re.sub(r"held_out: .*", "held_out: 0.4", text)  # of some ten documents
         text = re.sub(r"(hidden_size|intermediate_size): .*", r"\1: 32", text)
-        if path.name != "cache.yaml":
-            text += "\nlauncher:\n  ranks: 2\n"
         path.write_text(text)
     return root
 

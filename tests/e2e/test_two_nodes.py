@@ -65,7 +65,9 @@ def test_a_machine_lost_in_the_middle_changes_nothing(
     environment = token_environment()
 
     def finished_by_address() -> dict[str, int]:
-        done = head.run(sys.executable, "-c", FINISHED_BY_ADDRESS, f"{head.address}:{PORT}", env=environment)
+        address = f"{head.address}:{PORT}"
+        # By environment too: state queries look for any cluster of this computer otherwise, other tests' included.
+        done = head.run(sys.executable, "-c", FINISHED_BY_ADDRESS, address, env={**environment, "RAY_ADDRESS": address})
         assert done.returncode == 0, done.stderr
         return dict(json.loads(done.stdout.splitlines()[-1]))
 
