@@ -95,11 +95,16 @@ def check_room(config: ClusterConfig) -> None:
     if config.autoscaling:
         return
     have = ray.cluster_resources()
-    for resource, each in (("CPU", config.cpus_per_worker), ("GPU", config.gpus_per_worker)):
+    wanted = [
+        ("CPU", "cpus_per_worker", config.cpus_per_worker),
+        ("GPU", "gpus_per_worker", config.gpus_per_worker),
+        *((name, f"resources_per_worker.{name}", each) for name, each in config.resources_per_worker.items()),
+    ]
+    for resource, key, each in wanted:
         if config.workers * each > have.get(resource, 0):
             raise ConfigError(
-                f"cluster.workers × cluster.{resource.lower()}s_per_worker = {config.workers * each:g}, but the "
-                f"cluster has {have.get(resource, 0):g} {resource}s: lower one of them, join a larger cluster, or say "
+                f"cluster.workers × cluster.{key} = {config.workers * each:g}, but the cluster has "
+                f"{have.get(resource, 0):g} {resource}s: lower one of them, join a larger cluster, or say "
                 "cluster.autoscaling=true if it grows by itself"
             )
 

@@ -200,6 +200,11 @@ class LogitStore(_Store[LogitRow]):
         """Rows that the teacher could not score, and why: they have tokens but no labels."""
         return {int(row): reason for row, reason in self.manifest.get("left_out", {}).items()}
 
+    @property
+    def num_labelled(self) -> int:
+        """Positions of rows that have labels."""
+        return self.num_positions - int(sum(max(self.lengths_N[row] - 1, 0) for row in self.left_out))
+
     def rows(self, split: str | None) -> NDArray[np.int64]:
         """Numbers of the rows in ``split``, or of all (None), that have labels, ascending."""
         rows = super().rows(split)

@@ -69,8 +69,7 @@ def _check_loss(config: TrainConfig, store: LogitStore | TokenStore) -> None:
             f"loss.temperature {temperature}: the store serves {stored}. Cache again with "
             f"targets.temperatures=[{temperature}], or choose one of these"
         )
-    positions = store.num_positions - int(sum(store.lengths_N[row] - 1 for row in store.left_out))
-    if store.manifest["forced_ids"] or store.shards.total("entries") != store.manifest["k"] * positions:
+    if store.manifest["forced_ids"] or store.shards.total("entries") != store.manifest["k"] * store.num_labelled:
         kind = (store.manifest["labels"].get("targets") or {}).get("kind", "another kind")
         raise ConfigError(
             f"{config.data.store} holds targets of kind {kind}, or ids that are always kept: this trainer learns from "

@@ -8,7 +8,9 @@ from logit_store.rows import SPLITS
 
 
 def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
-    """The store's figures and identity. ``kept_mass`` is the mean over positions of the mass that is not tail."""
+    """The store's figures and identity. ``kept_mass`` is the mean over labelled positions of the
+    mass that is not tail.
+    """
     manifest = store.manifest
     positions = store.num_positions
     summary: dict[str, Any] = {
@@ -26,16 +28,17 @@ def summarize(store: TokenStore | LogitStore) -> dict[str, Any]:
         "text_id": manifest["text_id"],
     }
     if isinstance(store, LogitStore):
+        labelled = max(store.num_labelled, 1)
         positions_of, kl = store.shards.columns["positions"], store.shards.columns["mean_kl"]
         summary |= {field: manifest.get(field) for field in ("k", "temperatures", "forced_ids", "tail", "labels_id")}
         summary |= {
-            "entries_per_position": store.shards.total("entries") / max(positions, 1),
-            "draws_per_position": store.shards.total("draws") / max(positions, 1),
-            "kept_mass": store.shards.total("kept_mass") / max(positions, 1),
+            "entries_per_position": store.shards.total("entries") / labelled,
+            "draws_per_position": store.shards.total("draws") / labelled,
+            "kept_mass": store.shards.total("kept_mass") / labelled,
             "rows_left_out": len(store.left_out),
             "left_out": {str(row): reason for row, reason in store.left_out.items()},
             "codec": store.codec.kind,
-            "codec_mean_kl": float((positions_of * kl).sum()) / max(positions, 1),
+            "codec_mean_kl": float((positions_of * kl).sum()) / labelled,
             "codec_max_error": float(store.shards.columns["max_error"].max(initial=0.0)),
             "labels": manifest.get("labels"),
         }

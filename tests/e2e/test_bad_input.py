@@ -83,6 +83,7 @@ def test_cache_refuses_before_anything_is_written(
         "targets.kind=threshold": "targets: kind=threshold has no `k`",
         "teacher.tensor_parallel=2": "tensor_parallel is not for teacher.backend=transformers: leave it out",
         "cluster.gpus_per_worker=1": "cluster.workers × cluster.gpus_per_worker = 2, but the cluster has 0 GPUs",
+        "cluster.resources_per_worker={TPU: 4}": "cluster.resources_per_worker.TPU = 8, but the cluster",
         "tokens.path=/nowhere": "/nowhere holds no decant store",
         "cluster.workers=99": "cluster.workers × cluster.cpus_per_worker = 99, but the cluster has",
     }

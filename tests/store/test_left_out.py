@@ -58,7 +58,10 @@ def test_the_store_names_it(made: tuple[LogitStore, LogitStore], capsys: Any) ->
     assert decant.main(["verify", store.storage.url]) == 0
     capsys.readouterr()
     assert decant.main(["inspect", store.storage.url, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["left_out"] == {str(row): REASON}
+    shown = json.loads(capsys.readouterr().out)
+    assert shown["left_out"] == {str(row): REASON}
+    assert shown["entries_per_position"] == whole.shards.total("entries") / whole.num_positions  # all heads are alike
+    assert shown["kept_mass"] > 0.9 * whole.shards.total("kept_mass") / whole.num_positions
 
 
 def test_nobody_reads_it_as_labels(made: tuple[LogitStore, LogitStore], tmp_path: Path, capsys: Any) -> None:
