@@ -211,3 +211,14 @@ def test_half_precision_is_near_float32(teacher: Path, dtype: str) -> None:
     (half,), (full,) = load(teacher, {"k": V}, dtype=dtype).score(rows, [0]), load(teacher, {"k": V}).score(rows, [0])
     np.testing.assert_allclose(half.next_logprob_P, full.next_logprob_P, atol=1.0 if dtype == "bfloat16" else 0.1)
     assert np.abs(half.next_logprob_P - full.next_logprob_P).mean() < (0.2 if dtype == "bfloat16" else 0.02)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_decoder_gives_the_same(teacher: Path) -> None:
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    compiled, plain = (load(teacher, compile=wanted) for wanted in (True, False))
+    rows = random_rows([7, WINDOW, 3])
+    assert_equal(compiled.score(rows, [0, 1, 2]), plain.score(rows, [0, 1, 2]), atol=1e-3)
+    assert counters["frames"]["ok"] > 0
