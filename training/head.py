@@ -24,7 +24,7 @@ class OutputHead:
                 "layer there (an adapter on the head is not supported)"
             )
         self._places = {module: _place_of(model, module) for module in (self.module, self.decoder)}
-        _check_against_own_logits(self)
+        self._check_against_own_logits()
 
     def apply(self, work: Callable[[Tensor, Tensor, Tensor | None], T], hidden_ND: Tensor) -> T:
         """``work(hidden, weight, bias)``, run as the head's own ``forward``.
@@ -56,10 +56,7 @@ class OutputHead:
     @contextmanager
     def _standing_still(self, hidden_1ND: Tensor, logits_1NW: Tensor | None) -> Iterator[None]:
         """Within the block the decoder returns ``hidden_1ND`` and the head, where they are given, ``logits_1NW``."""
-        from transformers.modeling_outputs import MoeModelOutputWithPast
-
-        # The output with most fields: what models look for is there, or None.
-        stubs = {self.decoder: _Returning(MoeModelOutputWithPast(last_hidden_state=hidden_1ND))}
+        stubs = {self.decoder: _Returning(self._output_type(last_hidden_state=hidden_1ND))}
         if logits_1NW is not None:
             stubs[self.module] = _Returning(logits_1NW)
         try:
@@ -71,6 +68,25 @@ class OutputHead:
             for module in stubs:
                 parent, name = self._places[module]
                 parent._modules[name] = module
+
+    @torch.no_grad()
+    def _check_against_own_logits(self) -> None:
+        """Refuse a model whose logits are not its finished head's. Raises StudentError."""
+        was_training = self.model.training
+        self.model.eval()
+        ids_1T = torch.arange(4, device=self.module.weight.device)[None]
+        output = self.decoder(input_ids=ids_1T, use_cache=False)
+        self._output_type = type(output)
+        for scale in (1.0, 1000.0):  # a cap does nothing to a new model's small logits
+            hidden_1TD = output.last_hidden_state * scale
+            with self._standing_still(hidden_1TD, None):
+                own_TW = self.model(input_ids=ids_1T, use_cache=False).logits[0]
+            if not torch.allclose(own_TW, self.finish(self.module(hidden_1TD[0])), rtol=1e-4, atol=1e-4):
+                raise StudentError(
+                    f"{type(self.model).__name__} does something to its hidden states before its head: such students "
+                    "are not supported"
+                )
+        self.model.train(was_training)
 
 
 class _Returning(nn.Module):
@@ -90,23 +106,3 @@ def _place_of(model: nn.Module, module: nn.Module) -> tuple[nn.Module, str]:
             if child is module:
                 return parent, name
     raise StudentError(f"{type(model).__name__} does not hold its {type(module).__name__}: it cannot be trained")
-
-
-@torch.no_grad()
-def _check_against_own_logits(head: OutputHead) -> None:
-    """Refuse a model whose logits are not its finished head's. Raises StudentError."""
-    model, device = head.model, head.module.weight.device
-    was_training = model.training
-    model.eval()
-    ids_1T = torch.arange(4, device=device)[None]
-    hidden_1TD = head.decoder(input_ids=ids_1T, use_cache=False).last_hidden_state
-    for scale in (1.0, 1000.0):  # a cap does nothing to a new model's small logits
-        with head._standing_still(hidden_1TD * scale, None):
-            own_TW = model(input_ids=ids_1T, use_cache=False).logits[0]
-        plain_TW = head.module(hidden_1TD[0] * scale)
-        if not torch.allclose(own_TW, head.finish(plain_TW), rtol=1e-4, atol=1e-4):
-            raise StudentError(
-                f"{type(model).__name__} does something to its hidden states before its head: such students are not "
-                "supported"
-            )
-    model.train(was_training)

@@ -30,7 +30,7 @@ class Mixing(nn.Module):
             return self.last_temperature
         assert self.weight is not None
         temperature = learned.low + (learned.high - learned.low) * (learned.rate * self.weight.float()[0]).sigmoid()
-        self.last_temperature = float(temperature)
+        self.last_temperature = float(temperature.detach())
         growing = TowardsConfig(kind="cosine", to=learned.reversal, over_tokens=learned.over_tokens)
         reversal = towards(0.0, growing, self.tokens_seen)
         return temperature.detach() * (1 + reversal) - reversal * temperature

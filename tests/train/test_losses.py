@@ -42,7 +42,9 @@ def make_problem(seed: int = 0, heads: Callable[[int], int] = lambda n: (0, 1, 5
 
     next_ids_N = torch.randint(0, V, (N,), generator=g)
     log_p_NU = (randn(N, V + 1) * 2).log_softmax(-1)
-    log_p_NU[3] = torch.cat([log_p_NU[3, :V], torch.tensor([-torch.inf])]).log_softmax(-1)  # the full head's: no padding
+    log_p_NU[3] = torch.cat([log_p_NU[3, :V], torch.tensor([-torch.inf])]).log_softmax(
+        -1
+    )  # the full head's: no padding
     order_NV = log_p_NU[:, :V].argsort(-1, descending=True)
     counts_N1 = torch.tensor([heads(n) for n in range(N)])[:, None]
     k = int(counts_N1.max())
@@ -117,9 +119,7 @@ def gradients(loss: Tensor, problem: Problem) -> tuple[Tensor, ...]:
 def fused(problem: Problem, objective: Objective, chunk: int = 4, weight: float = 1.0) -> LossSums:
     hidden_ND, weight_WD, bias_W, next_ids_N, _, targets, _ = problem
     teachers = [WeightedTargets(weight, targets)]
-    return LossSums.of(
-        linear_losses(hidden_ND, weight_WD, bias_W, lambda x: x, next_ids_N, teachers, objective, chunk)
-    )
+    return LossSums.of(linear_losses(hidden_ND, weight_WD, bias_W, lambda x: x, next_ids_N, teachers, objective, chunk))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0, 0.5])
