@@ -1,11 +1,11 @@
-"""Memory and time of a student's loss: cached labels beside cross-entropy beside dense distillation.
+"""Memory and time of a student's loss: cached labels beside cross-entropy and dense distillation.
 
     python -m tests.bench.loss              # measures, prints a table, writes docs/benchmarks/loss.csv
 
-`memory`: peak resident memory of a process of its own while the loss of so many positions and its gradients are computed
-from hidden states and head, less what it held before. `loss`: the time of the same. `step`: the time of forward and
-backward pass of a model whose head is not the whole cost. The ways of a part take turns, so that all see the same
-machine; ratios are medians over rounds of the ratio to `chunked ce`, which is what one would write without this package.
+`memory`: peak resident memory of a process of its own while a loss and its gradients are computed from hidden states
+and head, less what it held before. `loss`: the time of the same. `step`: the time of forward and backward pass of a
+model whose head is not the whole cost. The ways of a part take turns, so that all see the same machine; ratios are
+medians over rounds of the ratio to `chunked ce`, the cross-entropy that one would write by hand.
 """
 
 import csv
@@ -32,7 +32,7 @@ ROUNDS = 7
 def main() -> None:
     """Measure every case; memory each in its own process."""
     stamp = about("torch", "transformers")
-    rows = []
+    rows: list[list[Any]] = []
     for way, positions in MEMORY:
         command = [sys.executable, "-m", "tests.bench.loss", way, str(positions)]
         mebibytes = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])

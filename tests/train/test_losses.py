@@ -64,8 +64,8 @@ def make_problem(seed: int = 0, heads: Callable[[int], int] = lambda n: (0, 1, 5
         ids_NK, logprobs_NK, log_p_NU.gather(-1, next_ids_N[:, None])[:, 0], tail_N, partition_NS,
         forced_NF, log_p_NU.gather(-1, forced_NF), draws_NM,
     )  # fmt: skip
-    leaves = (randn(N, D), randn(W, D), randn(W))
-    return Problem(*(leaf.requires_grad_() for leaf in leaves), next_ids_N, log_p_NU, targets, in_head_NV)
+    hidden_ND, weight_WD, bias_W = (randn(*shape).requires_grad_() for shape in ((N, D), (W, D), (W,)))
+    return Problem(hidden_ND, weight_WD, bias_W, next_ids_N, log_p_NU, targets, in_head_NV)
 
 
 def distance(name: str, beta: float, p: Tensor, q: Tensor) -> Tensor:
@@ -229,7 +229,8 @@ def test_what_a_model_does_to_its_logits_has_its_gradient(finish: Callable[[Tens
     problem = make_problem()
     objective = Objective(V, 0.5, tail="ground_truth")
     teachers = [WeightedTargets(1.0, problem.targets)]
-    sums = linear_losses(*problem[:3], finish, problem.next_ids_N, teachers, objective, 4)
+    hidden_ND, weight_WD, bias_W = problem[:3]
+    sums = linear_losses(hidden_ND, weight_WD, bias_W, finish, problem.next_ids_N, teachers, objective, 4)
     logits_NW = finish(torch.nn.functional.linear(*problem[:3]))
     kd = soft_losses(logits_NW, problem.next_ids_N, problem.targets, objective).sum()
     expected = 0.5 * kd + 0.5 * torch.nn.functional.cross_entropy(logits_NW[:, :V], problem.next_ids_N, reduction="sum")
@@ -244,7 +245,8 @@ def test_low_precision_is_as_near_to_the_truth_as_dense_code_of_the_same_dtype(d
     teachers = [WeightedTargets(1.0, problem.targets)]
     low = [leaf.detach().to(dtype).requires_grad_() for leaf in problem[:3]]
     truth = problem._replace(**dict(zip(Problem._fields[:3], [x.detach().double().requires_grad_() for x in low])))  # noqa: B905
-    sums = linear_losses(*low, lambda x: x, problem.next_ids_N, teachers, objective, 2)
+    inputs = (low[0], low[1], low[2], lambda x: x, problem.next_ids_N)
+    sums = linear_losses(*inputs, teachers, objective, 2)
     exact = fused(truth, objective)
 
     def dense(leaves: list[Tensor]) -> Tensor:
