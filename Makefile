@@ -37,6 +37,7 @@ test: $(VENV)/.all
 
 bench: $(VENV)/.all
 	$(BIN)/python -m tests.bench.memory
+	$(BIN)/python -m tests.bench.loss
 	$(BIN)/python -m tests.bench.store
 	$(BIN)/python -m tests.bench.teacher
 	$(BIN)/python -m tests.bench.job

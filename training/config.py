@@ -6,8 +6,6 @@ from pydantic import Field, model_validator
 
 from logit_store.config import Config
 
-TAILS = ("ghost", "ground_truth", "renormalise", "uniform")
-
 
 class RunConfig(Config):
     """Where the run lives."""
@@ -46,17 +44,89 @@ class StudentConfig(Config):
         return self
 
 
+class TowardsConfig(Config):
+    """How a number changes with the tokens seen."""
+
+    kind: Literal["linear", "cosine"]
+    """A straight line, or half a wave of a cosine."""
+    to: float = Field(ge=0.0, allow_inf_nan=False)
+    """Where it ends; it starts at the number itself."""
+    over_tokens: int = Field(ge=1)
+    """Tokens after which it is there, and stays."""
+
+
+class LearnedTemperatureConfig(Config):
+    """Curriculum temperature (arXiv 2211.16231): T is learned against the student, by a reversed gradient.
+
+    T = low + (high − low) · sigmoid(rate · w); w begins at 0, and goes where the distillation loss is larger.
+    """
+
+    low: float = Field(gt=0.0, allow_inf_nan=False)
+    """Lower bound of T."""
+    high: float = Field(gt=0.0, allow_inf_nan=False)
+    """Upper bound of T."""
+    over_tokens: int = Field(ge=1)
+    """Tokens over which the reversed gradient grows from nothing, along a cosine, so that T hardens slowly."""
+    reversal: float = Field(1.0, ge=0.0, allow_inf_nan=False)
+    """Factor that it grows to."""
+    rate: float = Field(100.0, gt=0.0, allow_inf_nan=False)
+    """Adam moves w as fast as a weight, at the learning rate: too slow for a single number, so this much faster."""
+
+    @model_validator(mode="after")
+    def _has_a_range(self) -> Self:
+        if self.low >= self.high:
+            raise ValueError(f"low {self.low} must be below high {self.high}")
+        return self
+
+
 class LossConfig(Config):
-    """alpha · T² · KL(teacher ‖ student at temperature T) + (1 − alpha) · cross-entropy."""
+    """alpha · T² · D(teacher ‖ student at temperature T) + (1 − alpha) · cross-entropy + z_loss · (log-sum-exp)²."""
 
     alpha: float = Field(0.9, ge=0.0, le=1.0)
     """Weight of the soft labels; 0 is plain cross-entropy and needs no labels."""
-    temperature: float = Field(1.0, gt=0.0)
+    alpha_schedule: TowardsConfig | None = None
+    """Where alpha goes from there."""
+    temperature: float = Field(1.0, gt=0.0, allow_inf_nan=False)
     """T. Other than 1, it must be among the store's `temperatures`."""
-    tail: Literal["ghost", "ground_truth", "renormalise", "uniform"] = "ghost"
-    """What becomes of the mass outside the head: see `training/losses.py`."""
+    temperature_schedule: TowardsConfig | None = None
+    """Where T goes from there: between temperatures of the store, which needs at least two beside 1."""
+    learned_temperature: LearnedTemperatureConfig | None = None
+    """In place of `temperature` and its schedule; needs what a schedule needs."""
+    divergence: Literal["forward_kl", "reverse_kl", "jsd", "tvd"] = "forward_kl"
+    """D: see `training/losses/divergences.py`."""
+    beta: float = Field(0.5, gt=0.0, lt=1.0)
+    """jsd: the teacher's weight in the mean of both."""
+    tail: Literal["ghost", "renormalise", "none", "uniform", "ground_truth", "sampled"] = "ghost"
+    """What becomes of the mass outside the head, and what goes with which D: see `training/losses/tails.py`."""
+    z_loss: float = Field(0.0, ge=0.0, allow_inf_nan=False)
+    """Weight of the squared log-sum-exp of the logits; 1e-4 is usual."""
     chunk_positions: int | None = Field(None, ge=1)
     """Positions whose logits exist at once; chosen from V where it is not given."""
+
+    @model_validator(mode="after")
+    def _has_one_course(self) -> Self:
+        if self.alpha_schedule is not None and self.alpha_schedule.to > 1:
+            raise ValueError(f"alpha_schedule.to {self.alpha_schedule.to} must be between 0 and 1")
+        if self.temperature_schedule is not None and self.temperature_schedule.to == 0:
+            raise ValueError("temperature_schedule.to must be above 0")
+        if self.learned_temperature and self.model_fields_set & {"temperature", "temperature_schedule"}:
+            raise ValueError(
+                "learned_temperature stands in place of temperature and temperature_schedule: remove these"
+            )
+        return self
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether the soft labels ever count."""
+        return self.alpha > 0 or (self.alpha_schedule is not None and self.alpha_schedule.to > 0)
+
+    @property
+    def extreme_temperatures(self) -> tuple[float, float]:
+        """The lowest and the highest T that can come up."""
+        if self.learned_temperature:
+            return self.learned_temperature.low, self.learned_temperature.high
+        end = self.temperature_schedule.to if self.temperature_schedule else self.temperature
+        return min(self.temperature, end), max(self.temperature, end)
 
 
 class ScheduleConfig(Config):

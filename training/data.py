@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logit_store import LogitRow, LogitStore, TokenStore
-from logit_store.errors import StudentError
+from logit_store import LogitRow, LogitStore, Targets, TokenStore
 from training.batches import Prefix, micro_batches
-from training.losses import SparseTargets
+from training.losses import SparseTargets, WeightedTargets
 
 
 class MicroBatch(NamedTuple):
@@ -22,80 +21,75 @@ class MicroBatch(NamedTuple):
     """bool: which positions carry loss."""
     next_ids_N: Tensor
     """int64: the tokens to predict, of the valid positions in order."""
-    targets: SparseTargets | None
-    """The teacher's labels of the valid positions; None from a token store."""
-    max_positions: int
-    """The largest N of this micro-batch on any rank: decides in how many chunks every rank applies its head."""
+    targets: tuple[WeightedTargets, ...]
+    """Each teacher's labels of the valid positions; none from a token store."""
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device."""
-        targets = self.targets and SparseTargets(*(column.to(device) for column in self.targets))
         ids, valid, next_ids = (t.to(device) for t in self[:3])
-        return MicroBatch(ids, valid, next_ids, targets, self.max_positions)
+        targets = tuple(
+            WeightedTargets(w, SparseTargets(*(c.to(device) for c in labels))) for w, labels in self.targets
+        )
+        return MicroBatch(ids, valid, next_ids, targets)
 
 
 def rank_batches(
-    store: LogitStore | TokenStore,
-    prefixes: Sequence[Prefix],
-    num_ranks: int,
-    rank: int,
-    micro_batch_tokens: int,
-    temperature: float = 1.0,
+    store: LogitStore | TokenStore, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int
 ) -> Iterator[MicroBatch]:
     """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
-    dealt = micro_batches(prefixes, num_ranks, micro_batch_tokens)
-    for i, group in enumerate(dealt[rank]):
-        max_positions = max(sum(prefix.positions for prefix in of_rank[i]) for of_rank in dealt)
-        yield collate(store, group, temperature)._replace(max_positions=max_positions)
+    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens)[rank]:
+        yield collate(store, group)
 
 
-def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0) -> MicroBatch:
-    """Read and pad the prefixes. No prefixes give one padded position without loss, so that every rank runs."""
-    targets = None
-    if isinstance(store, LogitStore):
-        rows = [store[prefix.row] for prefix in prefixes]
-        tokens = [row.tokens for row in rows]
-        targets = _targets(store, rows, prefixes, temperature)
-    else:
-        tokens = [store[prefix.row] for prefix in prefixes]
+def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix]) -> MicroBatch:
+    """Read and pad the prefixes; positions that a row's mask leaves out carry no loss and have no labels.
+
+    No prefixes give one padded position without loss, so that every rank runs.
+    """
+    rows = [store[prefix.row] for prefix in prefixes]
+    tokens = [row.tokens if isinstance(row, LogitRow) else row for row in rows]
     length = max((prefix.positions for prefix in prefixes), default=1)
     input_ids_BL = np.zeros((max(len(prefixes), 1), length), np.int64)
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
     next_ids = [np.zeros(0, np.int64)]
     for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):
+        valid_P = row.carries_loss_P[: prefix.positions]
         input_ids_BL[i, : prefix.positions] = row.input_ids_T[: prefix.positions]
-        if row.loss_mask_P is not None:
-            raise StudentError(f"row {prefix.row} has a loss mask, and the trainer does not know masks yet")
-        valid_BL[i, : prefix.positions] = True
-        next_ids.append(row.input_ids_T[1 : prefix.positions + 1].astype(np.int64))
-    return MicroBatch(
-        torch.from_numpy(input_ids_BL),
-        torch.from_numpy(valid_BL),
-        torch.from_numpy(np.concatenate(next_ids)),
-        targets,
-        sum(prefix.positions for prefix in prefixes),
-    )
+        valid_BL[i, : prefix.positions] = valid_P
+        next_ids.append(row.input_ids_T[1 : prefix.positions + 1][valid_P].astype(np.int64))
+    targets: tuple[WeightedTargets, ...] = ()
+    if isinstance(store, LogitStore):
+        labelled = zip((row for row in rows if isinstance(row, LogitRow)), prefixes, strict=True)
+        parts = [(row.targets, row.tokens.carries_loss_P[: prefix.positions]) for row, prefix in labelled]
+        forced, num_stored = store.manifest["forced_ids"], len(store.manifest["temperatures"])
+        targets = (WeightedTargets(1.0, sparse_targets(parts, forced, num_stored)),)
+    next_ids_N = torch.from_numpy(np.concatenate(next_ids))
+    return MicroBatch(torch.from_numpy(input_ids_BL), torch.from_numpy(valid_BL), next_ids_N, targets)
 
 
-def _targets(
-    store: LogitStore, rows: Sequence[LogitRow], prefixes: Sequence[Prefix], temperature: float
+def sparse_targets(
+    parts: Sequence[tuple[Targets, np.ndarray]], forced_ids: Sequence[int], num_temperatures: int
 ) -> SparseTargets:
-    k, temperatures = store.manifest["k"], store.manifest["temperatures"]
-    parts = [(row.targets, prefix.positions) for row, prefix in zip(rows, prefixes, strict=True)]
-    heads = [targets.padded_heads(k) for targets, _ in parts]
+    """Labels of the positions that carry loss, which is a bool for each of a row's first positions.
 
-    def column(values: list[np.ndarray], *width: int, dtype: type = np.float32) -> Tensor:
-        return torch.from_numpy(np.concatenate([np.zeros((0, *width), dtype), *values]))
-
-    if temperature == 1.0:
-        partitions = [np.zeros(n, np.float32) for _, n in parts]
-    else:
-        at = temperatures.index(temperature)
-        partitions = [t.log_partition_PS[:n, at] for t, n in parts]
-    return SparseTargets(
-        column([ids_PK[:n] for (ids_PK, _), (_, n) in zip(heads, parts, strict=True)], k, dtype=np.int32).long(),
-        column([logprobs_PK[:n] for (_, logprobs_PK), (_, n) in zip(heads, parts, strict=True)], k),
-        column([t.next_logprob_P[:n] for t, n in parts]),
-        column([t.tail_logmass_P[:n] for t, n in parts]),
-        column(partitions),
-    )
+    ``forced_ids`` and the number of stored temperatures are the store's.
+    """
+    width = max((int(t.head_counts_P[: len(valid_P)].max(initial=0)) for t, valid_P in parts), default=0)
+    draws = max((int(t.sampled_counts_P[: len(valid_P)].max(initial=0)) for t, valid_P in parts), default=0)
+    columns: list[list[np.ndarray]] = []
+    for whole, valid_P in parts:
+        targets = next(whole.split([len(valid_P)]))
+        ids_PK, logprobs_PK = targets.padded_heads(width)
+        sampled_PM = np.full((len(valid_P), draws), -1, np.int64)
+        sampled_PM[np.arange(draws) < targets.sampled_counts_P[:, None]] = targets.sampled_ids_M
+        forced_PF = np.repeat(np.asarray(forced_ids, np.int64)[None], len(valid_P), 0)
+        values = (
+            *(ids_PK.astype(np.int64), logprobs_PK, targets.next_logprob_P, targets.tail_logmass_P),
+            *(targets.log_partition_PS, forced_PF, targets.forced_logprobs_PF, sampled_PM),
+        )
+        columns.append([column[valid_P] for column in values])
+    if not columns:
+        wide = [np.zeros((0, n), np.float32) for n in (num_temperatures, len(forced_ids))]
+        none, ids = np.zeros(0, np.float32), np.zeros((0, 0), np.int64)
+        columns = [[ids, ids.astype(np.float32), none, none, wide[0], wide[1].astype(np.int64), wide[1], ids]]
+    return SparseTargets(*(torch.from_numpy(np.concatenate(c)) for c in zip(*columns, strict=True)))

@@ -99,17 +99,18 @@ class Engine:
         engine = self.engine
         for group in engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        totals = torch.zeros(3, dtype=torch.float64, device=self.device)
+        parts = []
         for i, batch in enumerate(micro_batches):
             engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
             sums = engine(batch.to(self.device))
             engine.backward(sums.loss / num_positions * self.world_size, scale_wrt_gas=False)
-            totals += torch.stack([term.detach().double() for term in sums])
+            parts.append(torch.stack([term.detach().double() for term in sums]))
         engine.step()
+        totals = torch.stack(parts).sum(0)
         torch.distributed.all_reduce(totals)
-        loss, kd, ce = (totals / num_positions).tolist()
+        terms = dict(zip(sums._fields, (totals / num_positions).tolist(), strict=True))
         norm = engine.get_global_grad_norm()
-        return {"loss": loss, "kd": kd, "ce": ce}, float(norm) if norm is not None else float("nan")
+        return terms, float(norm) if norm is not None else float("nan")
 
     def predict(self, micro_batches: Iterable[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
         """Sum over ranks and micro-batches of ``use(batch, predictions)``."""

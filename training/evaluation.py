@@ -10,7 +10,8 @@ from torch import Tensor
 
 from logit_store import LogitStore, TokenStore
 from training.batches import Prefix
-from training.data import MicroBatch, rank_batches
+from training.data import MicroBatch, collate, rank_batches
+from training.losses import SparseTargets
 from training.student import Predictions
 
 NUM_BINS = 15
@@ -34,27 +35,32 @@ def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, 
     """The teacher's own figures on the same rows, from its stored labels."""
     total = np.zeros(3 + 3 * NUM_BINS)
     for prefix in prefixes:
-        tokens, targets = store[prefix.row]
-        ids_PK, logprobs_PK = (torch.tensor(a) for a in targets.padded_heads(store.manifest["k"]))
-        top_ids_P, top_logprobs_P = top_of_heads(ids_PK.long(), logprobs_PK)
-        predictions = Predictions(torch.from_numpy(-targets.next_logprob_P), top_ids_P, top_logprobs_P.exp())
-        next_ids_P = torch.from_numpy(tokens.input_ids_T[1:].astype(np.int64))
-        total += _tally(predictions, next_ids_P, predictions.top_id_N).numpy()
-    return figures(total)
+        batch = collate(store, [prefix])
+        labels = batch.targets[0].targets
+        top_ids_P, top_logprobs_P = top_of_heads(labels)
+        predictions = Predictions(-labels.next_logprob_N, top_ids_P, top_logprobs_P.exp())
+        total += _tally(predictions, batch.next_ids_N, top_ids_P).numpy()
+    found = figures(total)
+    if store.manifest["k"] == 0:  # draws do not tell what is most probable
+        found |= dict.fromkeys(("accuracy", "calibration_error", "agreement"), math.nan)
+    return found
 
 
 def tally(batch: MicroBatch, predictions: Predictions) -> Tensor:
     """Sums of a micro-batch, float64: positions, loss, agreements, and per bin count, confidence, hits."""
     teacher_top_N = None
-    if batch.targets is not None:
-        teacher_top_N, _ = top_of_heads(batch.targets.head_ids_NK, batch.targets.head_logprobs_NK)
+    if batch.targets and batch.targets[0].targets.head_ids_NK.shape[1]:
+        teacher_top_N, _ = top_of_heads(batch.targets[0].targets)
     return _tally(predictions, batch.next_ids_N, teacher_top_N)
 
 
-def top_of_heads(ids_NK: Tensor, logprobs_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """The teacher's most probable id and its log-prob; heads are in order of ids, ties go to the lower."""
-    top_N1 = logprobs_NK.argmax(-1, keepdim=True)
-    return ids_NK.gather(-1, top_N1)[:, 0], logprobs_NK.gather(-1, top_N1)[:, 0]
+def top_of_heads(targets: SparseTargets) -> tuple[Tensor, Tensor]:
+    """The most probable id of each head and its log-prob, −1 and −inf of an empty one; ties go to the lower id."""
+    ids_NK = torch.where(targets.head_logprobs_NK > -torch.inf, targets.head_ids_NK, -1)
+    if not ids_NK.shape[1]:
+        return torch.full_like(targets.next_logprob_N, -1).long(), torch.full_like(targets.next_logprob_N, -torch.inf)
+    top_N1 = targets.head_logprobs_NK.argmax(-1, keepdim=True)
+    return ids_NK.gather(-1, top_N1)[:, 0], targets.head_logprobs_NK.gather(-1, top_N1)[:, 0]
 
 
 def _tally(predictions: Predictions, next_ids_N: Tensor, teacher_top_N: Tensor | None) -> Tensor:

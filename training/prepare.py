@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from logit_store import LogitStore, TokenStore, open_store
 from logit_store.errors import ConfigError, StoreError
 from training.batches import BatchPlan, Prefix
+from training.check_loss import check_loss
 from training.config import TrainConfig
 from training.engine import deepspeed_config
 from training.evaluation import held_out_prefixes
@@ -30,7 +31,7 @@ def prepare(config: TrainConfig) -> Prepared:
     Raises ConfigError, StoreError, StudentError.
     """
     store = open_store(config.data.store)
-    _check_loss(config, store)
+    warnings = check_loss(config, store)
     engine_config = deepspeed_config(config)
     rows_N = store.rows("train")
     schedule = config.schedule
@@ -49,29 +50,7 @@ def prepare(config: TrainConfig) -> Prepared:
         raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
     check_architecture(config.student)
     differing = check_tokenizer(config.student, store.manifest)
-    warnings = [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
+    warnings += [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
     identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}
     identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
     return Prepared(config, store, plan, held_out, longest, identity, engine_config, warnings)
-
-
-def _check_loss(config: TrainConfig, store: LogitStore | TokenStore) -> None:
-    temperature = config.loss.temperature
-    if config.loss.alpha == 0:
-        return
-    if not isinstance(store, LogitStore):
-        raise StoreError(
-            f"{config.data.store} holds tokens without labels: set loss.alpha=0, or make a logit store (`decant cache`)"
-        )
-    stored = [1.0, *store.manifest["temperatures"]]
-    if temperature not in stored:
-        raise ConfigError(
-            f"loss.temperature {temperature}: the store serves {stored}. Cache again with "
-            f"targets.temperatures=[{temperature}], or choose one of these"
-        )
-    if store.manifest["forced_ids"] or store.shards.total("entries") != store.manifest["k"] * store.num_labelled:
-        kind = (store.manifest["labels"].get("targets") or {}).get("kind", "another kind")
-        raise ConfigError(
-            f"{config.data.store} holds targets of kind {kind}, or ids that are always kept: this trainer learns from "
-            "heads of one size only. Cache again with targets.kind=top_k and without targets.always"
-        )

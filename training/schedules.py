@@ -1,8 +1,8 @@
-"""What changes with tokens seen: the sequence length of the curriculum and the learning rate."""
+"""What changes with tokens seen: the curriculum's sequence length, the learning rate, weights of the loss."""
 
 import math
 
-from training.config import CurriculumConfig, ScheduleConfig
+from training.config import CurriculumConfig, ScheduleConfig, TowardsConfig
 
 
 def difficulty(curriculum: CurriculumConfig, tokens_seen: int) -> int:
@@ -33,3 +33,13 @@ def learning_rate(schedule: ScheduleConfig, tokens_seen: int) -> float:
     progress = min((tokens_seen - schedule.warmup_tokens) / span, 1.0)
     falling = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}
     return schedule.lr * (schedule.min_lr_ratio + (1.0 - schedule.min_lr_ratio) * falling[schedule.decay])
+
+
+def towards(start: float, schedule: TowardsConfig | None, tokens_seen: int) -> float:
+    """``start``, or where its schedule has taken it after ``tokens_seen`` tokens."""
+    if schedule is None:
+        return start
+    progress = min(tokens_seen / schedule.over_tokens, 1.0)
+    if schedule.kind == "cosine":
+        progress = 0.5 * (1.0 - math.cos(math.pi * progress))
+    return schedule.to if progress == 1.0 else start + (schedule.to - start) * progress

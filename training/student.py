@@ -1,5 +1,7 @@
 """The student: a causal language model of transformers, with its loss inside the module that DeepSpeed owns."""
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +9,10 @@ from torch import Tensor, nn
 
 from training.config import LossConfig
 from training.data import MicroBatch
-from training.losses import LossSums, SparseTargets, chunked_losses, default_chunk_positions, position_losses
+from training.head import OutputHead
+from training.losses import LossSums, Objective, linear_losses
+from training.losses.fused import default_chunk
+from training.mixing import Mixing
 
 
 class Predictions(NamedTuple):
@@ -21,36 +26,46 @@ class Predictions(NamedTuple):
 class Student(nn.Module):
     """A model and its loss. ``forward`` gives loss sums: inside one module, ZeRO-3 gathers the head for it."""
 
-    def __init__(self, model: Any, vocabulary_size: int, loss: LossConfig) -> None:
+    def __init__(self, model: Any, vocabulary_size: int, loss: LossConfig, stored: Sequence[float] = ()) -> None:
+        """``stored`` are the temperatures that the labels' log-partitions are of. Raises StudentError."""
         super().__init__()
         self.model = model
-        self.vocabulary_size, self.loss = vocabulary_size, loss
-        self.chunk = loss.chunk_positions or default_chunk_positions(model.config.get_text_config().vocab_size)
+        self.mixing = Mixing(loss)
+        self.head = OutputHead(model)
+        self.objective = Objective(
+            vocabulary_size, tail=loss.tail, divergence=loss.divergence, beta=loss.beta, z_loss=loss.z_loss,
+            stored=tuple(stored),
+        )  # fmt: skip
+        self.chunk = loss.chunk_positions
 
     def forward(self, batch: MicroBatch) -> LossSums | Predictions:
         """Loss sums of a micro-batch; its predictions in eval mode."""
         hidden_ND = self._hidden(batch)
-        num_chunks = max(1, -(-batch.max_positions // self.chunk))
-        if self.training:
-            return chunked_losses(self._head, hidden_ND, batch.next_ids_N, batch.targets, num_chunks, self._losses)
-        chunks = zip(hidden_ND.tensor_split(num_chunks), batch.next_ids_N.tensor_split(num_chunks), strict=True)
-        parts = [self._predict(self._head(hidden), ids) for hidden, ids in chunks]
-        return Predictions(*(torch.cat(columns) for columns in zip(*parts, strict=True)))
+        if not self.training:
+            return Predictions(*self.head.apply(partial(self._predictions, batch.next_ids_N), hidden_ND))
+        objective = self.objective._replace(alpha=self.mixing.alpha, temperature=self.mixing())
+        return LossSums.of(self.head.apply(partial(self._losses, batch, objective), hidden_ND))
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
         output = self.model.get_decoder()(input_ids=batch.input_ids_BL, use_cache=False)
         return output.last_hidden_state[batch.valid_BL]
 
-    def _head(self, hidden_ND: Tensor) -> Tensor:
-        return self.model.get_output_embeddings()(hidden_ND)
+    def _losses(
+        self, batch: MicroBatch, objective: Objective, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None
+    ) -> Tensor:
+        finish, ids_N = self.head.finish, batch.next_ids_N
+        return linear_losses(hidden_ND, weight_WD, bias_W, finish, ids_N, batch.targets, objective, self.chunk)
 
-    def _losses(self, logits_NW: Tensor, next_ids_N: Tensor, targets: SparseTargets | None) -> LossSums:
-        loss = self.loss
-        return position_losses(
-            logits_NW, next_ids_N, targets, self.vocabulary_size, loss.alpha, loss.temperature, loss.tail
-        )
+    def _predictions(
+        self, next_ids_N: Tensor, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        chunk = self.chunk or default_chunk(weight_WD)
+        chunks = zip(hidden_ND.split(chunk), next_ids_N.split(chunk), strict=True)
+        parts = [self._predict(nn.functional.linear(hidden, weight_WD, bias_W), ids) for hidden, ids in chunks]
+        return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
     def _predict(self, logits_NW: Tensor, next_ids_N: Tensor) -> Predictions:
-        log_q_NV = logits_NW[:, : self.vocabulary_size].float().log_softmax(-1)
+        logits_NW = self.head.finish(logits_NW.float())
+        log_q_NV = logits_NW[:, : self.objective.vocabulary_size].log_softmax(-1)
         top_N, ids_N = log_q_NV.max(-1)
         return Predictions(-log_q_NV.gather(-1, next_ids_N[:, None])[:, 0], ids_N, top_N.exp())

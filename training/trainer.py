@@ -35,7 +35,8 @@ def train(config: TrainConfig) -> None:
     num_parameters = sum(p.numel() for p in model.parameters())
     init_process_group()
     rank = torch.distributed.get_rank()
-    engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
+    stored = prepared.store.manifest.get("temperatures", [])
+    engine = Engine(Student(model, vocabulary_size, config.loss, stored), prepared.engine_config)
     if rank == 0:
         run.begin(config, prepared.identity)
     cursor = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank)
@@ -78,12 +79,14 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
         while cursor.tokens_seen < schedule.total_tokens:
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
-            budget, temperature = schedule.micro_batch_tokens, config.loss.temperature
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature))
+            budget, mixing = schedule.micro_batch_tokens, engine.module.mixing
+            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget))
+            mixing.tokens_seen = before.tokens_seen
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
+            terms |= {"alpha": mixing.alpha, "temperature": mixing.last_temperature}
             watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
                 rows = [prefix.row for prefix in prefixes]

@@ -1,4 +1,4 @@
-"""Peak memory of teacher scoring and of the student's loss at V = 151,936, beside the plain dense way.
+"""Peak memory of teacher scoring at V = 151,936, beside the plain dense way (the student's loss: `loss.py`).
 
     python -m tests.bench.memory            # measures, prints a table, writes docs/benchmarks/memory.csv
 
@@ -19,8 +19,7 @@ from tests.bench.machine import about
 V, K, HIDDEN = 151_936, 64, 64
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "memory.csv"
 CASES = [
-    (part, way, positions)
-    for part in ("teacher", "student")
+    (way, positions)
     for way, lengths in (("chunked", (512, 1024, 2048, 4096, 8192)), ("dense", (512, 1024, 2048)))
     for positions in lengths
 ]
@@ -30,18 +29,18 @@ def main() -> None:
     """Measure every case in its own process."""
     stamp = about("torch", "transformers")
     rows = []
-    print(f"{'part':8} {'way':8} {'positions':>9} {'peak MiB':>9} {'of dense':>9}")
-    for part, way, positions in CASES:
+    print(f"{'way':8} {'positions':>9} {'peak MiB':>9} {'of dense':>9}")
+    for way, positions in CASES:
         done = subprocess.run(
-            [sys.executable, "-m", "tests.bench.memory", part, way, str(positions)],
+            [sys.executable, "-m", "tests.bench.memory", way, str(positions)],
             capture_output=True,
             text=True,
             check=True,
         )
         mebibytes = float(done.stdout.split()[-1])
         dense = positions * V * 4 / 2**20
-        print(f"{part:8} {way:8} {positions:9} {mebibytes:9.0f} {mebibytes / dense:9.2f}")
-        rows.append([part, way, V, K, positions, round(mebibytes), round(mebibytes / dense, 3), *stamp.values()])
+        print(f"{way:8} {positions:9} {mebibytes:9.0f} {mebibytes / dense:9.2f}")
+        rows.append(["teacher", way, V, K, positions, round(mebibytes), round(mebibytes / dense, 3), *stamp.values()])
     with open(RESULT, "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(
@@ -59,14 +58,14 @@ def main() -> None:
         writer.writerows(rows)
 
 
-def measure(part: str, way: str, positions: int) -> float:
-    """Peak MiB above the start while ``part`` handles one row of so many positions ``way``."""
+def measure(way: str, positions: int) -> float:
+    """Peak MiB above the start while the teacher handles one row of so many positions ``way``."""
     import torch
 
     torch.set_num_threads(os.cpu_count() or 1)
     model = _model(positions)
     ids_1T = torch.randint(0, V, (1, positions + 1))
-    work = {"teacher": _teacher, "student": _student}[part](model, way, ids_1T)
+    work = _teacher(model, way, ids_1T)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     work()
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -105,28 +104,8 @@ def _teacher(model: Any, way: str, ids_1T: Any) -> Any:
     return dense if way == "dense" else lambda: teacher.score([ids_1T[0].numpy()], [0])
 
 
-def _student(model: Any, way: str, ids_1T: Any) -> Any:
-    import torch
-
-    from training.config import LossConfig
-    from training.data import MicroBatch
-    from training.losses import SparseTargets
-    from training.student import Student
-
-    positions = ids_1T.shape[1] - 1
-    log_p_NK = torch.randn(positions, K).log_softmax(-1) - 0.1
-    tail_N = torch.full((positions,), -2.3522)  # log(1 − exp(−0.1))
-    head_ids_NK = torch.stack([torch.randperm(V)[:K] for _ in range(32)]).repeat(-(-positions // 32), 1)[:positions]
-    targets = SparseTargets(head_ids_NK, log_p_NK, tail_N - 5, tail_N, torch.zeros(positions))
-    valid = torch.ones(1, positions, dtype=torch.bool)
-    batch = MicroBatch(ids_1T[:, :-1], valid, ids_1T[0, 1:], targets, positions)
-    chunk = positions if way == "dense" else None
-    student = Student(model, V, LossConfig(alpha=0.9, tail="ghost", chunk_positions=chunk))
-    return lambda: student(batch).loss.backward()
-
-
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
-        print(measure(sys.argv[1], sys.argv[2], int(sys.argv[3])))
+    if len(sys.argv) == 3:
+        print(measure(sys.argv[1], int(sys.argv[2])))
     else:
         main()

@@ -43,10 +43,11 @@ def test_the_path_is_online_distillation(
     )
     make_teacher(tmp_path / "student", shared / "tokenizer", vocab_size=V + 24, seed=1)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
-    student = Student(model, V, LossConfig(alpha=1.0, temperature=temperature, chunk_positions=7))
+    loss = LossConfig(alpha=1.0, temperature=temperature, chunk_positions=7)
+    student = Student(model, V, loss, store.manifest["temperatures"])
     rows = store.rows("train")[:5]
     prefixes = [Prefix(int(row), min(int(store.lengths_N[row]) - 1, 30)) for row in rows if store.lengths_N[row] > 1]
-    cached = student(collate(store, prefixes, temperature)).loss
+    cached = student(collate(store, prefixes)).loss
     reference = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
     online = sum(
         (online_loss(reference, model, store[p.row].tokens.input_ids_T, p.positions, temperature) for p in prefixes),
@@ -70,12 +71,12 @@ def test_a_shifted_label_is_noticed(store: Any, teacher: Path) -> None:
     student = Student(model, V, LossConfig(alpha=1.0, tail="ghost"))
     row = int(np.flatnonzero(store.lengths_N == 48)[0])
     batch = collate(store, [Prefix(row, 47)])
-    assert batch.targets is not None
+    (teachers,) = batch.targets
     # Padded rows of this teacher hold mass that a student may not use, so the distance is small, not zero.
     aligned = float(student(batch).loss) / 47
-    rolled = batch.targets._replace(
-        **{name: getattr(batch.targets, name).roll(1, 0) for name in ("head_ids_NK", "head_logprobs_NK")}
+    rolled = teachers.targets._replace(
+        **{name: getattr(teachers.targets, name).roll(1, 0) for name in ("head_ids_NK", "head_logprobs_NK")}
     )
-    shifted = float(student(batch._replace(targets=rolled)).loss) / 47
+    shifted = float(student(batch._replace(targets=(teachers._replace(targets=rolled),))).loss) / 47
     assert aligned < 0.1
     assert shifted > 10 * aligned

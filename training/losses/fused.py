@@ -1,0 +1,212 @@
+"""Hidden states × LM head → losses and gradients, chunk by chunk: the logits of all positions never exist at once.
+
+This is the reference of the call `linear_losses`; a Triton kernel may stand behind the same call.
+
+Gradients are computed in the forward pass (as in Liger-Kernel, arXiv 2410.10989): each chunk's logits become, in place,
+the gradient of the loss by them, which is multiplied into those of hidden states and head right away. Nothing is
+computed twice, and the backward pass only scales what is there.
+
+Shapes: N positions, C of a chunk, D hidden, W student rows, E entries.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from training.losses.objective import LossSums, Objective, Part, Statistics, loss_sums
+from training.losses.targets import WeightedTargets
+
+CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
+"""Float32 logits of a chunk: at V = 151,936 they are of 110 positions on a CPU, and of 883 on a GPU, where the head's
+gradient is read and written once per chunk and small products leave most of it idle. One such buffer is held at T = 1,
+two at others."""
+
+Finish = Callable[[Tensor], Tensor]
+"""What a model does to its head's logits [C, W] afterwards: soft-capping, a scale. Returns its argument if nothing."""
+
+
+def linear_losses(
+    hidden_ND: Tensor,
+    weight_WD: Tensor,
+    bias_W: Tensor | None,
+    finish: Finish,
+    next_ids_N: Tensor,
+    teachers: Sequence[WeightedTargets],
+    objective: Objective,
+    chunk: int | None = None,
+) -> Tensor:
+    """Losses of N positions, summed: a tensor [4], for ``LossSums.of``. The first of them, the loss, has gradients by
+    hidden states, head and a learned temperature; those of the others are zero, whatever they depend on.
+
+    Plain code: ``logits = finish(linear(hidden, weight, bias).float())[:, :V]``, then `objective.py` over them. Matrix
+    products are in the head's dtype, everything else in float32 (in float64 where the head is). ``chunk`` positions
+    are worked on at once (`default_chunk` without). Without positions the sums are zeros, with zeros for gradients.
+    """
+    temperature = objective.temperature if isinstance(objective.temperature, Tensor) else None
+    work = _Work(finish, next_ids_N, teachers, objective, chunk or default_chunk(weight_WD))
+    sums_X: Tensor = _LinearLosses.apply(hidden_ND, weight_WD, bias_W, temperature, work, torch.is_grad_enabled())
+    return sums_X
+
+
+def default_chunk(weight_WD: Tensor) -> int:
+    """Positions whose float32 logits fit in ``CHUNK_BYTES``; at least one."""
+    return max(1, CHUNK_BYTES.get(weight_WD.device.type, CHUNK_BYTES["cuda"]) // (4 * len(weight_WD)))
+
+
+class _Work(NamedTuple):
+    finish: Finish
+    next_ids_N: Tensor
+    teachers: Sequence[WeightedTargets]
+    objective: Objective
+    chunk: int
+
+
+class _LinearLosses(torch.autograd.Function):
+    """Sums [4] in the order of LossSums; the gradient of the first alone is used."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None, temperature: Tensor | None, work: _Work,
+        with_gradients: bool,
+    ) -> Tensor:  # fmt: skip
+        wide = torch.promote_types(weight_WD.dtype, torch.float32)
+        leaves = (hidden_ND, weight_WD, bias_W, temperature)
+        wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:4]]
+        # A sum over many chunks is kept wide; a row of hidden_ND is written once.
+        dtypes = (hidden_ND.dtype, wide, wide, wide)
+        gradients = [
+            torch.zeros_like(leaf, dtype=dtype) if is_wanted and leaf is not None else None
+            for leaf, dtype, is_wanted in zip(leaves, dtypes, wanted, strict=True)
+        ]
+        sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=hidden_ND.device)
+        for start in range(0, len(hidden_ND), work.chunk):
+            at = slice(start, start + work.chunk)
+            logits_CW, through = _logits(hidden_ND[at], weight_WD, bias_W, work.finish, any(wanted))
+            sums += _chunk(logits_CW, at, work, gradients[3], any(wanted))
+            if any(wanted):
+                gradient_CW = through(logits_CW).to(weight_WD.dtype)
+                _multiply_in(gradient_CW, hidden_ND[at], weight_WD, at, gradients)
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [leaf is not None and leaf.dtype for leaf in leaves]
+        return sums.to(wide)
+
+    @staticmethod
+    def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
+        # In place: a second pass through the same graph is refused by autograd, since what was saved has changed.
+        scaled = [g if g is None else g.mul_(grad_sums[0]) for g in ctx.saved_tensors]
+        typed = [g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
+        return *typed, None, None
+
+
+def _logits(
+    hidden_CD: Tensor, weight_WD: Tensor, bias_W: Tensor | None, finish: Finish, with_gradients: bool
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Logits of a chunk, to be overwritten, and what carries their gradient back to before ``finish``."""
+    plain_CW = torch.nn.functional.linear(hidden_CD, weight_WD, bias_W)
+    plain_CW = plain_CW.to(torch.promote_types(plain_CW.dtype, torch.float32))
+    with torch.set_grad_enabled(with_gradients):
+        finished_CW = finish(plain_CW.requires_grad_(with_gradients))
+    if finished_CW is plain_CW:
+        return plain_CW.detach(), lambda gradient_CW: gradient_CW
+    own_CW = finished_CW.detach().clone()
+    return own_CW, lambda gradient_CW: torch.autograd.grad(finished_CW, plain_CW, gradient_CW)[0]
+
+
+def _chunk(
+    logits_CW: Tensor, at: slice, work: _Work, temperature_gradient: Tensor | None, with_gradients: bool
+) -> Tensor:
+    """Sums [4] of a chunk, float64; the gradient of the loss by the logits is left in ``logits_CW``."""
+    objective = work.objective
+    teachers = [WeightedTargets(weight, targets.part(at)) for weight, targets in work.teachers]
+    part = Part.of(objective, work.next_ids_N[at], teachers, logits_CW.dtype)
+    ids_CE = part.entries.ids_NE
+    logits_CW[:, objective.vocabulary_size :] = -torch.inf
+    logits_CE = logits_CW.gather(-1, ids_CE)
+    rest_CW = logits_CW.scatter_(-1, ids_CE, -torch.inf)
+    dense_CW = rest_CW.clone() if objective.needs_rest else None
+    at_T, at_1 = _rests(rest_CW, objective, bool(part.labels))
+    temperature = objective.temperature
+    with torch.set_grad_enabled(with_gradients):
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach().to(logits_CW.dtype).requires_grad_()
+        leaves = [logits_CE, at_1.lse_C, *([dense_CW] if dense_CW is not None else [])]
+        leaves += [at_T.lse_C] if at_T is not None else []
+        for leaf in leaves:
+            leaf.requires_grad_(with_gradients)
+        lse_at_T_C = at_1.lse_C if at_T is None else at_T.lse_C
+        if at_T is not None and at_T.slope_C is not None and isinstance(temperature, Tensor):
+            lse_at_T_C = lse_at_T_C + at_T.slope_C * (temperature - temperature.detach())
+        sums = loss_sums(
+            objective._replace(temperature=temperature), part, Statistics(logits_CE, at_1.lse_C, lse_at_T_C, dense_CW)
+        )
+    if with_gradients:
+        variables = leaves + ([temperature] if isinstance(temperature, Tensor) else [])
+        found = torch.autograd.grad(sums.loss, variables, allow_unused=True, materialize_grads=True)
+        by_leaf = dict(zip(map(id, variables), found, strict=True))
+        at_1.scale(by_leaf[id(at_1.lse_C)])
+        if at_T is not None:
+            logits_CW += at_T.scale(by_leaf[id(at_T.lse_C)])
+        if dense_CW is not None:
+            logits_CW += by_leaf[id(dense_CW)]
+        # Free entries repeat an id, with a gradient of zero.
+        logits_CW.scatter_add_(-1, ids_CE, by_leaf[id(logits_CE)])
+        if temperature_gradient is not None:
+            temperature_gradient += by_leaf[id(temperature)]
+    return torch.stack(list(sums)).detach().double()
+
+
+class _Rest(NamedTuple):
+    """Σ exp(logit / T) over the ids that are no entries, with what its gradient needs."""
+
+    exp_CW: Tensor
+    sum_C1: Tensor
+    lse_C: Tensor
+    temperature: float
+    slope_C: Tensor | None
+    """d lse / dT, where T is learned."""
+
+    def scale(self, gradient_C: Tensor) -> Tensor:
+        """Turn ``exp_CW``, in place, into the gradient by the logits, given that by ``lse_C``."""
+        has_C1 = self.sum_C1 > 0
+        factor_C1 = torch.where(has_C1, gradient_C[:, None] / torch.where(has_C1, self.sum_C1, 1.0), 0.0)
+        return self.exp_CW.mul_(factor_C1 / self.temperature)
+
+
+def _rests(rest_CW: Tensor, objective: Objective, with_teachers: bool) -> tuple[_Rest | None, _Rest]:
+    """The rest at T, None where it is that at 1, and the rest at 1, for which ``rest_CW`` is overwritten."""
+    largest_C1 = rest_CW.amax(-1, keepdim=True).clamp(min=torch.finfo(rest_CW.dtype).min)
+    rest_CW.sub_(largest_C1)
+    is_learned = isinstance(objective.temperature, Tensor)
+    temperature = float(objective.temperature)
+    at_T = None
+    if with_teachers and (is_learned or temperature != 1.0):
+        at_T = _rest((rest_CW / temperature).exp_(), largest_C1 / temperature, temperature)
+        if is_learned:
+            # d/dT log Σ exp(x/T) = −E[x] / T² with x = largest + T · log exp_CW
+            mean_C1 = torch.xlogy(at_T.exp_CW, at_T.exp_CW).sum(-1, keepdim=True) / at_T.sum_C1
+            slope_C = -(mean_C1 / temperature + largest_C1 / temperature**2)[:, 0]
+            at_T = at_T._replace(slope_C=torch.where(at_T.sum_C1[:, 0] > 0, slope_C, 0.0))
+    return at_T, _rest(rest_CW.exp_(), largest_C1, 1.0)
+
+
+def _rest(exp_CW: Tensor, largest_C1: Tensor, temperature: float) -> _Rest:
+    sum_C1 = exp_CW.sum(-1, keepdim=True)
+    return _Rest(exp_CW, sum_C1, (sum_C1.log() + largest_C1)[:, 0], temperature, None)
+
+
+def _multiply_in(
+    gradient_CW: Tensor, hidden_CD: Tensor, weight_WD: Tensor, at: slice, gradients: Sequence[Tensor | None]
+) -> None:
+    """Add a chunk's part to the gradients of hidden states, weight and bias."""
+    hidden_ND, of_weight_WD, of_bias_W, _ = gradients
+    if hidden_ND is not None:
+        torch.mm(gradient_CW, weight_WD, out=hidden_ND[at])
+    if of_weight_WD is not None:
+        if of_weight_WD.dtype == gradient_CW.dtype:
+            of_weight_WD.addmm_(gradient_CW.T, hidden_CD)
+        else:
+            of_weight_WD += gradient_CW.T @ hidden_CD
+    if of_bias_W is not None:
+        of_bias_W += gradient_CW.sum(0, dtype=of_bias_W.dtype)

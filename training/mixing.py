@@ -1,0 +1,36 @@
+"""alpha and T of a step: constants, schedules over tokens seen, or a temperature that is learned."""
+
+import torch
+from torch import Tensor, nn
+
+from training.config import LossConfig, TowardsConfig
+from training.schedules import towards
+
+
+class Mixing(nn.Module):
+    """Knows alpha and T after so many tokens. A module, for the one parameter that a learned temperature has."""
+
+    def __init__(self, loss: LossConfig) -> None:
+        super().__init__()
+        self.loss = loss
+        self.tokens_seen = 0
+        self.weight = nn.Parameter(torch.zeros(1)) if loss.learned_temperature else None
+        self.last_temperature = loss.temperature
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the soft labels."""
+        return towards(self.loss.alpha, self.loss.alpha_schedule, self.tokens_seen)
+
+    def forward(self) -> float | Tensor:
+        """T; as a tensor [] whose gradient is reversed, where it is learned."""
+        learned = self.loss.learned_temperature
+        if learned is None:
+            self.last_temperature = towards(self.loss.temperature, self.loss.temperature_schedule, self.tokens_seen)
+            return self.last_temperature
+        assert self.weight is not None
+        temperature = learned.low + (learned.high - learned.low) * (learned.rate * self.weight.float()[0]).sigmoid()
+        self.last_temperature = float(temperature.detach())
+        growing = TowardsConfig(kind="cosine", to=learned.reversal, over_tokens=learned.over_tokens)
+        reversal = towards(0.0, growing, self.tokens_seen)
+        return temperature.detach() * (1 + reversal) - reversal * temperature
