@@ -1,4 +1,4 @@
-"""Prefixes of stored rows as tensors, padded to the longest of their micro-batch."""
+"""Prefixes of stored rows as tensors, padded to one of a few lengths."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from logit_store import LogitRow, LogitStore, TokenStore
 from logit_store.errors import StudentError
-from training.batches import Prefix, micro_batches
+from training.batches import Prefix, micro_batches, padded_positions
 from training.losses import SparseTargets
 
 
@@ -41,15 +41,21 @@ def rank_batches(
     rank: int,
     micro_batch_tokens: int,
     temperature: float = 1.0,
+    length: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
-    dealt = micro_batches(prefixes, num_ranks, micro_batch_tokens)
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time.
+
+    None is padded beyond ``length``, the curriculum's (see ``padded_positions``).
+    """
+    dealt = micro_batches(prefixes, num_ranks, micro_batch_tokens, length)
     for i, group in enumerate(dealt[rank]):
         max_positions = max(sum(prefix.positions for prefix in of_rank[i]) for of_rank in dealt)
-        yield collate(store, group, temperature)._replace(max_positions=max_positions)
+        yield collate(store, group, temperature, length)._replace(max_positions=max_positions)
 
 
-def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0) -> MicroBatch:
+def collate(
+    store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperature: float = 1.0, length: int | None = None
+) -> MicroBatch:
     """Read and pad the prefixes. No prefixes give one padded position without loss, so that every rank runs."""
     targets = None
     if isinstance(store, LogitStore):
@@ -58,8 +64,8 @@ def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], temperat
         targets = _targets(store, rows, prefixes, temperature)
     else:
         tokens = [store[prefix.row] for prefix in prefixes]
-    length = max((prefix.positions for prefix in prefixes), default=1)
-    input_ids_BL = np.zeros((max(len(prefixes), 1), length), np.int64)
+    padded = padded_positions(max((prefix.positions for prefix in prefixes), default=1), length)
+    input_ids_BL = np.zeros((max(len(prefixes), 1), padded), np.int64)
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
     next_ids = [np.zeros(0, np.int64)]
     for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from logit_store.errors import StudentError
-from training.batches import Cursor
+from training.batches import Cursor, micro_batches, padding_share
 from training.config import TrainConfig
 from training.data import rank_batches
 from training.engine import Engine, init_process_group
@@ -79,12 +79,15 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
             budget, temperature = schedule.micro_batch_tokens, config.loss.temperature
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature))
+            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature, length))
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
-            watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
+            cursor = prepared.plan.paced(before, cursor, norm)
+            padding = padding_share(micro_batches(prefixes, engine.world_size, budget, length), length)
+            shape = {"sequence_length": length, "padding": padding}
+            watch.step(cursor, {**terms, "lr": rate, **shape, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
                 rows = [prefix.row for prefix in prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")

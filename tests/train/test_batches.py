@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from training.batches import BatchPlan, Cursor, Prefix, micro_batches
 from training.config import CurriculumConfig, CurriculumScheduleConfig
+from training.curriculum import Curriculum
 
 CURRICULUM = CurriculumConfig(
     min_difficulty=8, max_difficulty=40, schedule_config=CurriculumScheduleConfig(total_curriculum_tokens=900)
@@ -15,7 +16,8 @@ CURRICULUM = CurriculumConfig(
 
 
 def make_plan(lengths: list[int], curriculum: CurriculumConfig | None, seed: int = 0) -> BatchPlan:
-    return BatchPlan(np.arange(100, 100 + len(lengths)), np.asarray(lengths, np.int32), 64, seed, curriculum)
+    rows_N, lengths_N = np.arange(100, 100 + len(lengths)), np.asarray(lengths, np.int32)
+    return BatchPlan(rows_N, lengths_N, 64, seed, Curriculum(curriculum))
 
 
 def steps(plan: BatchPlan, count: int, cursor: Cursor = Cursor()) -> list[tuple[list[Prefix], int, Cursor]]:  # noqa: B008
@@ -39,8 +41,8 @@ def test_every_row_is_spent_once_an_epoch(lengths: list[int], grows: bool, seed:
         for row, positions in prefixes:
             assert positions == min(length, lengths[row - 100] - 1)
         taken += prefixes
-        spent = cursor.epoch * len(plan.rows_N) + cursor.offset
-        assert len(taken) == spent
+        assert [len(taken)] == list(cursor.spent)
+        assert cursor.epoch == len(taken) // len(plan.rows_N)
         assert cursor.tokens_seen == sum(prefix.positions for prefix in taken)
     usable = {100 + i for i, length in enumerate(lengths) if length > 1}
     for start in range(0, len(taken) - len(usable) + 1, len(usable)):
@@ -60,8 +62,10 @@ def test_steps_follow_from_seed_and_cursor_alone() -> None:
         rest = steps(make_plan(lengths, CURRICULUM), 50 - at - 1, whole[at][2])
         assert rest == whole[at + 1 :]
     assert steps(make_plan(lengths, CURRICULUM, seed=1), 5) != whole[:5]
-    orders = [make_plan([9] * 50, None)._epoch_order(epoch).tolist() for epoch in (0, 1)]
+    pools = make_plan([9] * 50, None).pools
+    orders = [[pools.row((0, 0), place) for place in range(start, start + 50)] for start in (0, 50)]
     assert orders[0] != orders[1]
+    assert sorted(orders[0]) == sorted(orders[1]) == list(range(50))
 
 
 @settings(deadline=None, max_examples=100)
