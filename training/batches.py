@@ -1,5 +1,6 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
+from bisect import insort
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -16,8 +17,6 @@ PERCENT = 5
 
 MAX_PADDING = 0.05
 """Share of padded positions below which micro-batches are not split further."""
-MAX_SPLITS = 16
-"""Micro-batches per rank up to which they are split to save padding: lengths spread evenly need about ten."""
 
 
 class Cursor(NamedTuple):
@@ -127,6 +126,7 @@ class BatchPlan:
             tokens_seen=cursor.tokens_seen + tokens,
             clock=cursor.clock + tokens if self.can_run_ahead else cursor.clock,
             spent=tuple(spent_BC.reshape(-1).tolist()),
+            pace=tuple(cursor.pace),
         )
         return prefixes, length, after
 
@@ -160,22 +160,51 @@ def micro_batches(
 ) -> list[list[list[Prefix]]]:
     """Deal a step's prefixes: for each rank the same number of micro-batches, some perhaps empty.
 
-    Prefixes are sorted by length and split into as few groups of about equal numbers of positions as keep
-    each within ``micro_batch_tokens`` when padded (a single prefix may exceed it) and all padding below ``MAX_PADDING``
-    (unless that takes more than ``MAX_SPLITS`` per rank), a multiple of ``num_ranks`` of them, so that ranks carry
-    about the same load.
+    Prefixes are sorted by length and split into rounds, each of which gives every rank a micro-batch of about equal
+    numbers of positions. There are as few rounds as keep each micro-batch within ``micro_batch_tokens`` when padded
+    (a single prefix may exceed it) and all padding below ``MAX_PADDING``, as far as rounds of a row per rank allow.
     """
     ordered = sorted(prefixes, key=lambda prefix: (-prefix.positions, prefix.row))
-    ends = np.cumsum([0] + [prefix.positions for prefix in ordered])
-    count = num_ranks
+    padded_N = np.array([padded_positions(prefix.positions, length) for prefix in ordered] + [0], np.int64)
+    ends_N = np.cumsum([0] + [prefix.positions for prefix in ordered])
+    borders = [0, len(ordered)]
     while True:
-        bounds = np.searchsorted(ends, [ends[-1] * i / count for i in range(count)]).tolist()
-        groups = [ordered[a:b] for a, b in pairwise([*bounds, len(ordered)])]
-        fits = all(len(group) <= 1 or _padded(group, length) <= micro_batch_tokens for group in groups)
-        is_split = count >= min(MAX_SPLITS * num_ranks, len(ordered))
-        if fits and (is_split or padding_share([groups], length) <= MAX_PADDING):
-            return [groups[rank::num_ranks] for rank in range(num_ranks)]
-        count += num_ranks
+        rounds = [_spread(ends_N, start, stop, num_ranks) for start, stop in pairwise(borders)]
+        sizes_R = [np.diff(bounds_R) * padded_N[bounds_R[:-1]] for bounds_R in rounds]
+        is_too_large = [
+            bool(((size_R > micro_batch_tokens) & (np.diff(bounds_R) > 1)).any())
+            for bounds_R, size_R in zip(rounds, sizes_R, strict=True)
+        ]
+        border = None
+        if True in is_too_large:
+            border = _halfway(ends_N, *borders[is_too_large.index(True) :][:2])
+        elif ends_N[-1] < (1 - MAX_PADDING) * sum(map(np.sum, sizes_R)):
+            border = _best_border(padded_N, borders, num_ranks)
+        if border is None:
+            return [[ordered[bounds_R[rank] : bounds_R[rank + 1]] for bounds_R in rounds] for rank in range(num_ranks)]
+        insort(borders, border)
+
+
+def _halfway(ends_N: NDArray[np.int64], start: int, stop: int) -> int:
+    """Where half of the positions of rows ``start`` to ``stop`` are, with a row on both sides."""
+    return min(max(int(np.searchsorted(ends_N, (ends_N[start] + ends_N[stop]) / 2)), start + 1), stop - 1)
+
+
+def _spread(ends_N: NDArray[np.int64], start: int, stop: int, num_ranks: int) -> NDArray[np.int64]:
+    """Where each rank's share of rows ``start`` to ``stop`` begins, and the last one ends, by positions."""
+    wanted = ends_N[start] + (ends_N[stop] - ends_N[start]) * np.arange(num_ranks) / num_ranks
+    return np.append(start + np.searchsorted(ends_N[start:stop], wanted), stop)
+
+
+def _best_border(padded_N: NDArray[np.int64], borders: Sequence[int], num_ranks: int) -> int | None:
+    """The border between two rounds that saves most padding, with a row for every rank on both sides."""
+    best, border = 0, None
+    for start, stop in pairwise(borders):
+        places = np.arange(start + num_ranks, stop - num_ranks + 1)
+        saved = (stop - places) * (padded_N[start] - padded_N[places])
+        if len(places) and saved.max() > best:
+            best, border = int(saved.max()), int(places[saved.argmax()])
+    return border
 
 
 def padding_share(dealt: Sequence[Sequence[Sequence[Prefix]]], length: int | None = None) -> float:

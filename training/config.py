@@ -185,6 +185,12 @@ class RowCurriculumConfig(ScheduledConfig):
     max_difficulty: int = Field(100, ge=5, le=100)
     """Percent of the rows at the end."""
 
+    @model_validator(mode="after")
+    def _some_rows_are_easy_enough(self) -> Self:
+        if min(self.schedule_config.difficulty or [5]) < 5:
+            raise ValueError("schedule_config.difficulty must be at least 5: rows are told apart in steps of 5 %")
+        return self
+
 
 class EvaluationConfig(Config):
     """Held-out evaluation: at the end always, and every `every_tokens`."""
