@@ -105,10 +105,13 @@ class Engine:
             sums = engine(batch.to(self.device))
             engine.backward(sums.loss / num_positions * self.world_size, scale_wrt_gas=False)
             totals += torch.stack([term.detach().double() for term in sums])
+        # Without ZeRO and loss scaling DeepSpeed does not tell the norm; gradients are whole and reduced by now.
+        tells_norm = hasattr(engine.optimizer, "_global_grad_norm")
+        own_norm = None if tells_norm else nn.utils.get_total_norm(_gradients(engine.module))
         engine.step()
         torch.distributed.all_reduce(totals)
         loss, kd, ce = (totals / num_positions).tolist()
-        norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if tells_norm else own_norm
         return {"loss": loss, "kd": kd, "ce": ce}, float(norm) if norm is not None else float("nan")
 
     def predict(self, micro_batches: Iterable[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
@@ -156,6 +159,10 @@ class Engine:
     def module(self) -> Any:
         """The student within."""
         return self.engine.module
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
 def init_process_group() -> None:

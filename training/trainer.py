@@ -84,9 +84,10 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
-            cursor = prepared.plan.paced(before, cursor, norm)
+            if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
+                cursor = prepared.plan.paced(before, cursor, engine.same_on_all_ranks(norm))
             padding = padding_share(micro_batches(prefixes, engine.world_size, budget, length), length)
-            shape = {"sequence_length": length, "padding": padding}
+            shape = {"sequence_length": length, "padding": padding, "clock": cursor.clock}
             watch.step(cursor, {**terms, "lr": rate, **shape, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
                 rows = [prefix.row for prefix in prefixes]
