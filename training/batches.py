@@ -1,6 +1,5 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
-from bisect import insort
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -167,22 +166,29 @@ def micro_batches(
     ordered = sorted(prefixes, key=lambda prefix: (-prefix.positions, prefix.row))
     padded_N = np.array([padded_positions(prefix.positions, length) for prefix in ordered] + [0], np.int64)
     ends_N = np.cumsum([0] + [prefix.positions for prefix in ordered])
-    borders = [0, len(ordered)]
+    borders = _full_rounds(padded_N, num_ranks, micro_batch_tokens)
     while True:
         rounds = [_spread(ends_N, start, stop, num_ranks) for start, stop in pairwise(borders)]
         sizes_R = [np.diff(bounds_R) * padded_N[bounds_R[:-1]] for bounds_R in rounds]
-        is_too_large = [
-            bool(((size_R > micro_batch_tokens) & (np.diff(bounds_R) > 1)).any())
+        more = {
+            _halfway(ends_N, int(bounds_R[0]), int(bounds_R[-1]))
             for bounds_R, size_R in zip(rounds, sizes_R, strict=True)
-        ]
-        border = None
-        if True in is_too_large:
-            border = _halfway(ends_N, *borders[is_too_large.index(True) :][:2])
-        elif ends_N[-1] < (1 - MAX_PADDING) * sum(map(np.sum, sizes_R)):
-            border = _best_border(padded_N, borders, num_ranks)
-        if border is None:
+            if ((size_R > micro_batch_tokens) & (np.diff(bounds_R) > 1)).any()
+        }
+        if not more and ends_N[-1] < (1 - MAX_PADDING) * sum(map(np.sum, sizes_R)):
+            more = _best_border(padded_N, borders, num_ranks)
+        if not more:
             return [[ordered[bounds_R[rank] : bounds_R[rank + 1]] for bounds_R in rounds] for rank in range(num_ranks)]
-        insort(borders, border)
+        borders = sorted({*borders, *more})
+
+
+def _full_rounds(padded_N: NDArray[np.int64], num_ranks: int, micro_batch_tokens: int) -> list[int]:
+    """Borders of rounds in which each rank has as many rows as fit when all are as long as the first."""
+    borders, num_rows = [0], len(padded_N) - 1
+    while borders[-1] < num_rows:
+        of_rank = max(1, micro_batch_tokens // int(padded_N[borders[-1]]))
+        borders.append(min(borders[-1] + num_ranks * of_rank, num_rows))
+    return borders if num_rows else [0, 0]
 
 
 def _halfway(ends_N: NDArray[np.int64], start: int, stop: int) -> int:
@@ -196,14 +202,15 @@ def _spread(ends_N: NDArray[np.int64], start: int, stop: int, num_ranks: int) ->
     return np.append(start + np.searchsorted(ends_N[start:stop], wanted), stop)
 
 
-def _best_border(padded_N: NDArray[np.int64], borders: Sequence[int], num_ranks: int) -> int | None:
-    """The border between two rounds that saves most padding, with a row for every rank on both sides."""
-    best, border = 0, None
+def _best_border(padded_N: NDArray[np.int64], borders: Sequence[int], num_ranks: int) -> set[int]:
+    """The border between rounds that saves most padding, with a row for every rank on both sides, if there is one."""
+    best = 0
+    border: set[int] = set()
     for start, stop in pairwise(borders):
         places = np.arange(start + num_ranks, stop - num_ranks + 1)
         saved = (stop - places) * (padded_N[start] - padded_N[places])
         if len(places) and saved.max() > best:
-            best, border = int(saved.max()), int(places[saved.argmax()])
+            best, border = int(saved.max()), {int(places[saved.argmax()])}
     return border
 
 
