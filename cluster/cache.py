@@ -122,9 +122,10 @@ def _pinned(config: CacheConfig, folder: Path) -> CacheConfig:
 
 def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
     """Refuse token shards that were made by other settings than the config's. Raises IdentityError."""
-    asked = {"window": config.tokens.window, "held_out": config.tokens.held_out}
+    asked = {"window": config.tokens.window, "held_out": config.tokens.held_out, "pieces": config.tokens.pieces}
+    made = {"pieces": "windows", **tokens.manifest}
     remedy = "Run `decant tokenize` with this config into another tokens.path, or change the config back"
-    require_equal({key: tokens.manifest[key] for key in asked}, asked, config.tokens.path, remedy)
+    require_equal({key: made[key] for key in asked}, asked, config.tokens.path, remedy)
 
 
 def _header(config: CacheConfig, tokens: TokenStore, folder: Path) -> dict[str, Any]:

@@ -78,6 +78,9 @@ class TokensConfig(Config):
     window: int = Field(1024, ge=2)
     """Longest sequence in tokens. Longer documents become consecutive windows; of conversations and masked ids, windows
     in which nothing carries loss are left out."""
+    pieces: Literal["windows", "powers_of_two"] = "windows"
+    """`powers_of_two`: documents become pieces of 2^i tokens, the largest first, so that a length curriculum finds
+    whole sequences of every length whose context is what the teacher saw. What is left below 8 tokens is one piece."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Conversations only: which tokens carry loss. `assistant`: what the template's generation markers enclose."""
     chat_template: str | None = None

@@ -153,8 +153,13 @@ def _encoder_of_process(tokens_json: str, template: str | None, description: str
 def _rows(documents: Iterator[Document], encoder: Encoder, header: dict[str, Any]) -> list[TokenRow]:
     rows: list[TokenRow] = []
     while batch := list(islice(documents, BATCH_DOCUMENTS)):
-        rows += document_rows(batch, encoder, header["window"], header["held_out"], header["columns"])
+        rows += _rows_of(batch, encoder, header)
     return rows
+
+
+def _rows_of(documents: Sequence[Document], encoder: Encoder, header: dict[str, Any]) -> list[TokenRow]:
+    pieces = header.get("pieces", "windows")
+    return document_rows(documents, encoder, header["window"], header["held_out"], header["columns"], pieces)
 
 
 def _try_out(files: Sequence[SourceFile], wanted: Wanted, header: dict[str, Any], encoder: Encoder) -> None:
@@ -163,7 +168,7 @@ def _try_out(files: Sequence[SourceFile], wanted: Wanted, header: dict[str, Any]
     any_document = False
     while batch := list(islice(documents, 16)):
         any_document = True
-        if document_rows(batch, encoder, header["window"], header["held_out"], header["columns"]):
+        if _rows_of(batch, encoder, header):
             return
     if not any_document:
         raise CorpusError("the corpus is empty: it holds no documents")
@@ -216,6 +221,7 @@ def _header(tokens: TokensConfig, tokenizer: Any, wanted: Wanted) -> dict[str, A
         "window": tokens.window,
         "held_out": tokens.held_out,
         "columns": {name: wanted.kinds[name] for name in tokens.columns},
+        **({} if tokens.pieces == "windows" else {"pieces": tokens.pieces}),  # stores of windows do not name them
     }
 
 

@@ -1,6 +1,7 @@
-"""From documents to rows: each document's tokens, cut into consecutive windows that fit a teacher."""
+"""From documents to rows: each document's tokens, cut into consecutive pieces that fit a teacher."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -13,6 +14,10 @@ from logit_store import SPLITS, TokenRow
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.identity import digest
 from logit_store.vocabulary import vocabulary_size
+
+SMALLEST_POWER = 8
+"""Tokens of the smallest piece that is a power of two: the rest of a document, which would fall into pieces of 4, 2 and
+1 that have hardly any context, is one piece."""
 
 
 class Encoded(NamedTuple):
@@ -33,7 +38,12 @@ class Encoder(Protocol):
 
 
 def document_rows(
-    documents: Sequence[Document], encoder: Encoder, window: int, held_out: float, carried: Mapping[str, str]
+    documents: Sequence[Document],
+    encoder: Encoder,
+    window: int,
+    held_out: float,
+    carried: Mapping[str, str],
+    pieces: str = "windows",
 ) -> list[TokenRow]:
     """Rows of the documents, in order; each carries its document's values of the columns ``carried`` (name → kind).
 
@@ -46,19 +56,37 @@ def document_rows(
             values = {name: carried_value(kind, name, document) for name, kind in carried.items()}
             number = int(digest(encoded.identity)[:16], 16) >> 1  # 63 bits
             split = SPLITS[number < held_out * 2**63]
-            rows += [TokenRow(number, split, ids, mask, values) for ids, mask in windows(encoded, window)]
+            lengths = piece_lengths(len(encoded.ids_T), window, pieces)
+            rows += [TokenRow(number, split, ids, mask, values) for ids, mask in cut(encoded, lengths)]
     return rows
 
 
-def windows(encoded: Encoded, window: int) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]]:
-    """Consecutive windows of the tokens and the masks of their positions.
+def piece_lengths(num_tokens: int, window: int, pieces: str) -> list[int]:
+    """Tokens of each piece of a document, in order; they sum to ``num_tokens`` and none exceeds ``window``.
 
-    Position t of a window predicts its token t + 1, so that its mask is that token's; nothing in a window predicts
-    its first token. Of a document with a mask, windows in which no position carries loss are left out.
+    ``windows``: all have ``window`` tokens but the last. ``powers_of_two``: the largest power of two that fits, again
+    and again, as in dataset decomposition (Pouransari et al. 2024, arXiv 2405.13226); what is left when less than
+    ``SMALLEST_POWER`` tokens are is one piece.
+    """
+    lengths: list[int] = []
+    while num_tokens:
+        length = min(num_tokens, window)
+        if pieces == "powers_of_two" and length >= SMALLEST_POWER:
+            length = 1 << (length.bit_length() - 1)
+        lengths.append(length)
+        num_tokens -= length
+    return lengths
+
+
+def cut(encoded: Encoded, lengths: Sequence[int]) -> Iterator[tuple[NDArray[np.int32], NDArray[np.bool_] | None]]:
+    """Consecutive pieces of the tokens, of these lengths, and the masks of their positions.
+
+    Position t of a piece predicts its token t + 1, so that its mask is that token's; nothing in a piece predicts
+    its first token. Of a document with a mask, pieces in which no position carries loss are left out.
     """
     ids_T, carries_loss_T = encoded.ids_T, encoded.carries_loss_T
-    for start in range(0, len(ids_T), window):
-        ids = ids_T[start : start + window]
+    for start, stop in pairwise(accumulate(lengths, initial=0)):
+        ids = ids_T[start:stop]
         if carries_loss_T is None:
             yield ids, None
         elif (mask_P := carries_loss_T[start + 1 : start + len(ids)]).any():

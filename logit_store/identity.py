@@ -9,7 +9,7 @@ from typing import Any
 from logit_store.errors import IdentityError
 
 HEADER_IDENTITY = {
-    "tokens": ("kind", "corpus", "tokenizer", "window", "held_out", "num_shards", "columns"),
+    "tokens": ("kind", "corpus", "tokenizer", "window", "pieces", "held_out", "num_shards", "columns"),
     "logits": ("kind", "labels_id", "labels", "codec", "tail", "num_shards", "columns"),
 }
 """Fields of the header that are equal in all attempts at one store; the rest is provenance or follows from them."""

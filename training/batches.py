@@ -7,19 +7,31 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.config import CurriculumConfig
-from training.schedules import difficulty
+from training.curriculum import Curriculum, Pace
+from training.cuts import Cut, plain_cut
+from training.pools import Pools
+
+PERCENT = 5
+"""Percent of the rows in a class of easiness: rows of a row curriculum are told apart as finely as this."""
+
+MAX_PADDING = 0.05
+"""Share of padded positions below which micro-batches are not split further."""
 
 
 class Cursor(NamedTuple):
-    """Where the run stands: all that a resumed run needs to know of its data."""
+    """Where the run stands: all that a resumed run needs to know of its data. JSON's lists do for its tuples."""
 
     step: int = 0
     epoch: int = 0
-    offset: int = 0
-    """Rows of this epoch's order that are spent."""
+    """How often every row has been spent."""
     tokens_seen: int = 0
-    """Positions trained on so far, over all ranks."""
+    """Loss-carrying positions trained on so far, over all ranks."""
+    clock: int = 0
+    """Tokens as the curricula count them: those seen, but for steps at which pacing held it."""
+    spent: Sequence[int] = ()
+    """Rows of each pool that are spent, since the start."""
+    pace: Sequence[float] = Pace()
+    """What pacing remembers of the gradient: a ``Pace``."""
 
 
 class Prefix(NamedTuple):
@@ -38,54 +50,176 @@ class BatchPlan:
         lengths_N: NDArray[np.int32],
         tokens_per_step: int,
         seed: int,
-        curriculum: CurriculumConfig | None,
+        curriculum: Curriculum = Curriculum(),  # noqa: B008 (a tuple)
+        cut: Cut = plain_cut,
+        percent_N: NDArray[np.float64] | None = None,
     ) -> None:
-        """``rows_N`` are the numbers of the rows to train on, ``lengths_N`` their lengths in tokens."""
-        usable = lengths_N > 1  # a row of one token has no position
-        self.rows_N, self.positions_N = rows_N[usable], lengths_N[usable].astype(np.int64) - 1
-        self.tokens_per_step, self.seed, self.curriculum = tokens_per_step, seed, curriculum
-        self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
+        """``rows_N`` are the numbers of the rows to train on, ``lengths_N`` their lengths in tokens.
+
+        ``percent_N``, for a row curriculum: how many percent of the rows are as easy as each row, above 0 to 100.
+        """
+        usable_N = lengths_N > 1  # a row of one token has no position
+        if curriculum.is_bucketed and curriculum.lengths is not None:
+            usable_N &= lengths_N - 1 <= curriculum.lengths.max_difficulty
+        self.rows_N, self.positions_N = rows_N[usable_N], lengths_N[usable_N].astype(np.int64) - 1
+        self.tokens_per_step, self.curriculum, self.cut = tokens_per_step, curriculum, cut
+        bucket_N = length_bucket(self.positions_N) if curriculum.is_bucketed else np.zeros_like(self.positions_N)
+        class_N = np.zeros_like(self.positions_N)
+        if percent_N is not None:
+            class_N = np.ceil(percent_N[usable_N] / PERCENT).astype(np.int64) - 1
+        self.pools = Pools(bucket_N, class_N, seed, curriculum.parts)
+        num_buckets = self.pools.shape[0]
+        self._longest_B = np.zeros(num_buckets, np.int64)
+        np.maximum.at(self._longest_B, bucket_N, self.positions_N)
+        sums_B = np.bincount(bucket_N, self.positions_N, num_buckets)
+        self._mean_B = sums_B / np.maximum(np.bincount(bucket_N, minlength=num_buckets), 1)
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest sequence that this plan ever makes."""
+        longest = int(self.positions_N.max())
+        return min(longest, self.curriculum.lengths.max_difficulty) if self.curriculum.lengths else longest
+
+    @property
+    def can_run_ahead(self) -> bool:
+        """Whether steps follow from the cursor alone; under pacing the next one waits for the gradient of this one."""
+        return self.curriculum.pacing is None
+
+    def length(self, clock: int) -> int:
+        """Most positions of a sequence at this time of the curriculum."""
+        return self.curriculum.length(clock) or int(self.positions_N.max())
+
+    def open(self, clock: int) -> NDArray[np.bool_]:
+        """Which pools are trained on at this time of the curriculum."""
+        percents_C = PERCENT * np.arange(1, self.pools.shape[1] + 1)
+        is_easy_C = (percents_C <= self.curriculum.percent(clock)) | (self.curriculum.rows is None)
+        fits_B = (self._longest_B <= self.length(clock)) | (not self.curriculum.is_bucketed)
+        return fits_B[:, None] & is_easy_C
 
     def next(self, cursor: Cursor) -> tuple[list[Prefix], int, Cursor]:
-        """The step at ``cursor``: its prefixes, its sequence length, and the cursor after it.
+        """The step at ``cursor``: its prefixes, its sequence length, and the cursor after it (see ``paced``).
 
-        Rows are taken in the epoch's order, each giving ``min(length, T − 1)`` positions, until the next
-        would exceed ``tokens_per_step``. A row is spent once per epoch, even if it was cut.
+        Rows are taken in the order of their pool, each giving ``min(length, T − 1)`` positions or fewer (``cut``),
+        until the loss-carrying ones of the next would exceed ``tokens_per_step``. A row is spent once per epoch, even
+        if it was cut, or carries no loss as far as it was cut; such a row is no part of the step.
         """
-        longest = int(self.positions_N.max())
-        length = difficulty(self.curriculum, cursor.tokens_seen) if self.curriculum else longest
+        length = self.length(cursor.clock)
+        spent_BC = np.zeros(self.pools.shape, np.int64)
+        if len(cursor.spent):
+            spent_BC = np.array(cursor.spent, np.int64).reshape(self.pools.shape)
         prefixes: list[Prefix] = []
-        epoch, offset, tokens = cursor.epoch, cursor.offset, 0
-        while True:
-            if offset == len(self.rows_N):
-                epoch, offset = epoch + 1, 0
-            i = self._epoch_order(epoch)[offset]
-            positions = min(length, int(self.positions_N[i]))
-            if tokens + positions > self.tokens_per_step:
-                return prefixes, length, Cursor(cursor.step + 1, epoch, offset, cursor.tokens_seen + tokens)
-            prefixes.append(Prefix(int(self.rows_N[i]), positions))
-            tokens, offset = tokens + positions, offset + 1
+        tokens = 0
+        for pool in self.pools.draw(spent_BC, self.open(cursor.clock), self._mean_B, cursor.step):
+            i = self.pools.row(pool, int(spent_BC[pool]) - 1)
+            row = int(self.rows_N[i])
+            positions, carrying = self.cut(row, min(length, int(self.positions_N[i])))
+            if tokens + carrying > self.tokens_per_step:
+                spent_BC[pool] -= 1
+                break
+            if carrying:
+                prefixes.append(Prefix(row, positions))
+                tokens += carrying
+        after = cursor._replace(
+            step=cursor.step + 1,
+            epoch=self.pools.epoch(spent_BC),
+            tokens_seen=cursor.tokens_seen + tokens,
+            clock=cursor.clock + tokens if self.can_run_ahead else cursor.clock,
+            spent=tuple(spent_BC.reshape(-1).tolist()),
+            pace=tuple(cursor.pace),
+        )
+        return prefixes, length, after
 
-    def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
-        if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.rows_N)))
-        return self._order[1]
+    def paced(self, before: Cursor, after: Cursor, gradient_norm: float) -> Cursor:
+        """The cursor after a step, once the norm of its gradient is known; the same without pacing."""
+        if self.can_run_ahead:
+            return after
+        tokens, pace = after.tokens_seen - before.tokens_seen, Pace(*before.pace)  # type: ignore[arg-type]
+        clock, pace = self.curriculum.advanced(before.clock, pace, tokens, gradient_norm)
+        return after._replace(clock=clock, pace=tuple(pace))
 
 
-def micro_batches(prefixes: Sequence[Prefix], num_ranks: int, micro_batch_tokens: int) -> list[list[list[Prefix]]]:
+def length_bucket(positions_N: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Bucket b holds rows of more than 2^(b−1), at most 2^b tokens: pieces of a power of two have one to themselves."""
+    return np.frexp(positions_N)[1].astype(np.int64)  # the bits of T − 1
+
+
+def padded_positions(positions: int, length: int | None = None) -> int:
+    """To how many positions a micro-batch is padded whose longest prefix has so many.
+
+    Sixteen sizes in each power of two, so that kernels that are compiled or tuned for a shape are used again, at 6 % of
+    padding at most and 2 % in the middle; never beyond ``length``, the curriculum's.
+    """
+    step = 1 << max((positions - 1).bit_length() - 5, 0)
+    size = -(-positions // step) * step
+    return size if length is None else max(positions, min(size, length))
+
+
+def micro_batches(
+    prefixes: Sequence[Prefix], num_ranks: int, micro_batch_tokens: int, length: int | None = None
+) -> list[list[list[Prefix]]]:
     """Deal a step's prefixes: for each rank the same number of micro-batches, some perhaps empty.
 
-    Prefixes are sorted by length and split into as few groups of about equal numbers of positions as keep
-    each within ``micro_batch_tokens`` when padded to its longest (a single prefix may exceed it), a multiple
-    of ``num_ranks`` of them, so that padding is small and ranks carry about the same load.
+    Prefixes are sorted by length and split into rounds, each of which gives every rank a micro-batch of about equal
+    numbers of positions. There are as few rounds as keep each micro-batch within ``micro_batch_tokens`` when padded
+    (a single prefix may exceed it) and all padding below ``MAX_PADDING``, as far as rounds of a row per rank allow.
     """
     ordered = sorted(prefixes, key=lambda prefix: (-prefix.positions, prefix.row))
-    ends = np.cumsum([0] + [prefix.positions for prefix in ordered])
-    count = num_ranks
+    padded_N = np.array([padded_positions(prefix.positions, length) for prefix in ordered] + [0], np.int64)
+    ends_N = np.cumsum([0] + [prefix.positions for prefix in ordered])
+    borders = _full_rounds(padded_N, num_ranks, micro_batch_tokens)
     while True:
-        bounds = np.searchsorted(ends, [ends[-1] * i / count for i in range(count)]).tolist()
-        groups = [ordered[a:b] for a, b in pairwise([*bounds, len(ordered)])]
-        if all(len(group) <= 1 or len(group) * group[0].positions <= micro_batch_tokens for group in groups):
-            return [groups[rank::num_ranks] for rank in range(num_ranks)]
-        count += num_ranks
+        rounds = [_spread(ends_N, start, stop, num_ranks) for start, stop in pairwise(borders)]
+        sizes_R = [np.diff(bounds_R) * padded_N[bounds_R[:-1]] for bounds_R in rounds]
+        more = {
+            _halfway(ends_N, int(bounds_R[0]), int(bounds_R[-1]))
+            for bounds_R, size_R in zip(rounds, sizes_R, strict=True)
+            if ((size_R > micro_batch_tokens) & (np.diff(bounds_R) > 1)).any()
+        }
+        if not more and ends_N[-1] < (1 - MAX_PADDING) * sum(map(np.sum, sizes_R)):
+            more = _best_border(padded_N, borders, num_ranks)
+        if not more:
+            return [[ordered[bounds_R[rank] : bounds_R[rank + 1]] for bounds_R in rounds] for rank in range(num_ranks)]
+        borders = sorted({*borders, *more})
+
+
+def _full_rounds(padded_N: NDArray[np.int64], num_ranks: int, micro_batch_tokens: int) -> list[int]:
+    """Borders of rounds in which each rank has as many rows as fit when all are as long as the first."""
+    borders, num_rows = [0], len(padded_N) - 1
+    while borders[-1] < num_rows:
+        of_rank = max(1, micro_batch_tokens // int(padded_N[borders[-1]]))
+        borders.append(min(borders[-1] + num_ranks * of_rank, num_rows))
+    return borders if num_rows else [0, 0]
+
+
+def _halfway(ends_N: NDArray[np.int64], start: int, stop: int) -> int:
+    """Where half of the positions of rows ``start`` to ``stop`` are, with a row on both sides."""
+    return min(max(int(np.searchsorted(ends_N, (ends_N[start] + ends_N[stop]) / 2)), start + 1), stop - 1)
+
+
+def _spread(ends_N: NDArray[np.int64], start: int, stop: int, num_ranks: int) -> NDArray[np.int64]:
+    """Where each rank's share of rows ``start`` to ``stop`` begins, and the last one ends, by positions."""
+    wanted = ends_N[start] + (ends_N[stop] - ends_N[start]) * np.arange(num_ranks) / num_ranks
+    return np.append(start + np.searchsorted(ends_N[start:stop], wanted), stop)
+
+
+def _best_border(padded_N: NDArray[np.int64], borders: Sequence[int], num_ranks: int) -> set[int]:
+    """The border between rounds that saves most padding, with a row for every rank on both sides, if there is one."""
+    best = 0
+    border: set[int] = set()
+    for start, stop in pairwise(borders):
+        places = np.arange(start + num_ranks, stop - num_ranks + 1)
+        saved = (stop - places) * (padded_N[start] - padded_N[places])
+        if len(places) and saved.max() > best:
+            best, border = int(saved.max()), {int(places[saved.argmax()])}
+    return border
+
+
+def padding_share(dealt: Sequence[Sequence[Sequence[Prefix]]], length: int | None = None) -> float:
+    """1 − real / padded positions of all micro-batches of all ranks; 0 where there are none."""
+    groups = [group for of_rank in dealt for group in of_rank if group]
+    padded = sum(_padded(group, length) for group in groups)
+    return 1.0 - sum(prefix.positions for group in groups for prefix in group) / padded if padded else 0.0
+
+
+def _padded(group: Sequence[Prefix], length: int | None) -> int:
+    return len(group) * padded_positions(max(prefix.positions for prefix in group), length)

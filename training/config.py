@@ -167,42 +167,98 @@ class CurriculumScheduleConfig(Config):
     total_curriculum_tokens: int | None = Field(None, ge=1)
     """fixed_linear, fixed_root: tokens at which `max_difficulty` is reached."""
     difficulty_step: int = Field(8, ge=1)
-    """fixed_linear, fixed_root: lengths are multiples of this."""
+    """fixed_linear, fixed_root: difficulties are multiples of this."""
     root_degree: int = Field(2, ge=1)
     """fixed_root: difficulty grows with the root of this degree."""
     difficulty: list[int] | None = None
-    """fixed_discrete: the lengths."""
+    """fixed_discrete: the difficulties."""
     max_tokens: list[int] | None = None
-    """fixed_discrete: the tokens up to which each length holds; one fewer than lengths."""
+    """fixed_discrete: the tokens up to which each difficulty holds; one fewer than difficulties."""
+    function: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
+    """custom: `module:name` of a Python function that takes tokens and returns the difficulty."""
 
 
-class CurriculumConfig(Config):
-    """Sequence length over tokens: DeepSpeed's schedule types. Rows are cut to prefixes of that length."""
+class PacingConfig(Config):
+    """The curriculum's clock stands still while the gradient is restless: volatility is the standard deviation of the
+    gradient's norm over its mean, in a running window.
+    """
 
-    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete"] = "fixed_linear"
+    max_volatility: float = Field(gt=0.0)
+    """The clock advances by a step's tokens only where volatility is at most this."""
+    window_steps: int = Field(100, ge=2)
+    """Steps that the running mean and deviation remember; the clock waits for as many at the start."""
+
+
+class ScheduledConfig(Config):
+    """A difficulty over tokens: DeepSpeed's schedule types and keys, with tokens in place of steps."""
+
+    schedule_type: Literal["fixed_linear", "fixed_root", "fixed_discrete", "custom"] = "fixed_linear"
     min_difficulty: int = Field(ge=1)
-    """Positions per sequence at the start."""
+    """Difficulty at the start."""
     max_difficulty: int = Field(ge=1)
-    """Positions per sequence at the end."""
+    """Difficulty at the end."""
     schedule_config: CurriculumScheduleConfig
+    cycles: int = Field(1, ge=1)
+    """How often the schedule is gone through; after the last time it stays at its end."""
+    cycle_tokens: int | None = Field(None, ge=1)
+    """Tokens after which the next cycle begins."""
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
-        schedule = self.schedule_config
         if self.min_difficulty > self.max_difficulty:
             raise ValueError(f"min_difficulty {self.min_difficulty} is above max_difficulty {self.max_difficulty}")
-        if self.schedule_type != "fixed_discrete":
-            if schedule.total_curriculum_tokens is None:
-                raise ValueError(f"{self.schedule_type} needs schedule_config.total_curriculum_tokens")
-            return self
-        if not schedule.difficulty or schedule.max_tokens is None:
-            raise ValueError("fixed_discrete needs schedule_config.difficulty and schedule_config.max_tokens")
-        if len(schedule.max_tokens) != len(schedule.difficulty) - 1:
+        if (self.cycles > 1) != (self.cycle_tokens is not None):
+            raise ValueError("cycles beyond one need cycle_tokens, and cycle_tokens needs cycles")
+        needed = {"fixed_discrete": ("difficulty", "max_tokens"), "custom": ("function",)}
+        for key in needed.get(self.schedule_type, ("total_curriculum_tokens",)):
+            if getattr(self.schedule_config, key) is None:
+                raise ValueError(f"{self.schedule_type} needs schedule_config.{key}")
+        if self.schedule_type == "fixed_discrete":
+            self._check_discrete(self.schedule_config.difficulty or [], self.schedule_config.max_tokens or [])
+        return self
+
+    def _check_discrete(self, difficulty: list[int], max_tokens: list[int]) -> None:
+        if len(max_tokens) != len(difficulty) - 1:
             raise ValueError("schedule_config.max_tokens must have one entry fewer than schedule_config.difficulty")
-        if schedule.max_tokens != sorted(schedule.max_tokens) or min(schedule.difficulty) < 1:
+        if max_tokens != sorted(max_tokens) or min(difficulty) < 1:
             raise ValueError("schedule_config.max_tokens must ascend and schedule_config.difficulty be positive")
-        if max(schedule.difficulty) > self.max_difficulty:
+        if max(difficulty) > self.max_difficulty:
             raise ValueError(f"schedule_config.difficulty goes beyond max_difficulty {self.max_difficulty}")
+
+
+class CurriculumConfig(ScheduledConfig):
+    """Sequence length over tokens; difficulties are positions per sequence."""
+
+    mode: Literal["prefix", "bucket"] = "prefix"
+    """`prefix`: every row is cut to the current length. `bucket`: only rows that fit in it, whole, those of a step of
+    about one length; for token shards made with `tokens.pieces: powers_of_two`."""
+    boundary: Literal["token", "sentence", "line"] = "token"
+    """prefix: where a row is cut. At the current length, or at the last end of a sentence or line before it."""
+    pacing: PacingConfig | None = None
+    """Without it the clock of both curricula is the tokens seen."""
+
+    @model_validator(mode="after")
+    def _whole_rows_are_not_cut(self) -> Self:
+        if self.mode == "bucket" and self.boundary != "token":
+            raise ValueError("`boundary` says where rows are cut, and mode=bucket cuts none: leave it out")
+        return self
+
+
+class RowCurriculumConfig(ScheduledConfig):
+    """Which rows are trained on: the easiest so many percent for the teacher; difficulties are percents, 5 to 100."""
+
+    metric: Literal["loss", "entropy"] = "loss"
+    """What of the teacher's labels makes a row difficult: the teacher's mean loss on its tokens, or the mean entropy of
+    its predictions."""
+    min_difficulty: int = Field(ge=5, le=100)
+    """Percent of the rows at the start."""
+    max_difficulty: int = Field(100, ge=5, le=100)
+    """Percent of the rows at the end."""
+
+    @model_validator(mode="after")
+    def _some_rows_are_easy_enough(self) -> Self:
+        if min(self.schedule_config.difficulty or [5]) < 5:
+            raise ValueError("schedule_config.difficulty must be at least 5: rows are told apart in steps of 5 %")
         return self
 
 
@@ -240,6 +296,8 @@ class TrainConfig(Config):
     optimizer: OptimizerConfig = OptimizerConfig()
     curriculum: CurriculumConfig | None = None
     """Without it every row is used at its full length."""
+    row_curriculum: RowCurriculumConfig | None = None
+    """Instead of a curriculum of lengths, or beside it: easy rows first, as the teacher finds them."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     deepspeed: str | None = None

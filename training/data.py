@@ -1,4 +1,4 @@
-"""Prefixes of stored rows as tensors, padded to the longest of their micro-batch."""
+"""Prefixes of stored rows as tensors, padded to one of a few lengths."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitRow, LogitStore, Targets, TokenStore
-from training.batches import Prefix, micro_batches
+from training.batches import Prefix, micro_batches, padded_positions
 from training.losses import SparseTargets, WeightedTargets
 
 
@@ -34,22 +34,30 @@ class MicroBatch(NamedTuple):
 
 
 def rank_batches(
-    store: LogitStore | TokenStore, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int
+    store: LogitStore | TokenStore,
+    prefixes: Sequence[Prefix],
+    num_ranks: int,
+    rank: int,
+    micro_batch_tokens: int,
+    length: int | None = None,
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
-    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens)[rank]:
-        yield collate(store, group)
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time.
+
+    None is padded beyond ``length``, the curriculum's (see ``padded_positions``).
+    """
+    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens, length)[rank]:
+        yield collate(store, group, length)
 
 
-def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix]) -> MicroBatch:
+def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], length: int | None = None) -> MicroBatch:
     """Read and pad the prefixes; positions that a row's mask leaves out carry no loss and have no labels.
 
     No prefixes give one padded position without loss, so that every rank runs.
     """
     rows = [store[prefix.row] for prefix in prefixes]
     tokens = [row.tokens if isinstance(row, LogitRow) else row for row in rows]
-    length = max((prefix.positions for prefix in prefixes), default=1)
-    input_ids_BL = np.zeros((max(len(prefixes), 1), length), np.int64)
+    padded = padded_positions(max((prefix.positions for prefix in prefixes), default=1), length)
+    input_ids_BL = np.zeros((max(len(prefixes), 1), padded), np.int64)
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
     next_ids = [np.zeros(0, np.int64)]
     for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):

@@ -105,11 +105,14 @@ class Engine:
             sums = engine(batch.to(self.device))
             engine.backward(sums.loss / num_positions * self.world_size, scale_wrt_gas=False)
             parts.append(torch.stack([term.detach().double() for term in sums]))
+        # Without ZeRO and loss scaling DeepSpeed does not tell the norm; gradients are whole and reduced by now.
+        tells_norm = hasattr(engine.optimizer, "_global_grad_norm")
+        own_norm = None if tells_norm else nn.utils.get_total_norm(_gradients(engine.module))
         engine.step()
         totals = torch.stack(parts).sum(0)
         torch.distributed.all_reduce(totals)
         terms = dict(zip(sums._fields, (totals / num_positions).tolist(), strict=True))
-        norm = engine.get_global_grad_norm()
+        norm = engine.get_global_grad_norm() if tells_norm else own_norm
         return terms, float(norm) if norm is not None else float("nan")
 
     def predict(self, micro_batches: Iterable[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
@@ -157,6 +160,10 @@ class Engine:
     def module(self) -> Any:
         """The student within."""
         return self.engine.module
+
+
+def _gradients(module: nn.Module) -> list[Tensor]:
+    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
 
 
 def init_process_group() -> None:

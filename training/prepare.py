@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 from logit_store import LogitStore, TokenStore, open_store
-from logit_store.errors import ConfigError, StoreError
+from logit_store.errors import StoreError
 from training.batches import BatchPlan, Prefix
 from training.check_loss import check_loss
 from training.config import TrainConfig
 from training.engine import deepspeed_config
 from training.evaluation import held_out_prefixes
 from training.models import check_architecture, check_tokenizer
+from training.plan import custom_identity, make_plan, plan_warnings
 
 
 class Prepared(NamedTuple):
@@ -33,18 +34,7 @@ def prepare(config: TrainConfig) -> Prepared:
     store = open_store(config.data.store)
     warnings = check_loss(config, store)
     engine_config = deepspeed_config(config)
-    rows_N = store.rows("train")
-    schedule = config.schedule
-    plan = BatchPlan(rows_N, store.lengths_N[rows_N], schedule.tokens_per_step, config.run.seed, config.curriculum)
-    if not len(plan.rows_N):
-        raise StoreError(f"{config.data.store} has no rows to train on: all are held out, or of one token")
-    longest = int(plan.positions_N.max())
-    longest = min(longest, config.curriculum.max_difficulty) if config.curriculum else longest
-    if schedule.tokens_per_step < longest:
-        raise ConfigError(
-            f"schedule.tokens_per_step {schedule.tokens_per_step} is less than the longest sequence, "
-            f"{longest} positions"
-        )
+    plan = make_plan(config, store)
     held_out = held_out_prefixes(store, config.evaluation.max_rows)
     if not held_out:
         raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
@@ -52,5 +42,7 @@ def prepare(config: TrainConfig) -> Prepared:
     differing = check_tokenizer(config.student, store.manifest)
     warnings += [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
     identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}
+    warnings += plan_warnings(plan, config, len(store.rows("train")))
+    identity |= custom_identity(config)
     identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
-    return Prepared(config, store, plan, held_out, longest, identity, engine_config, warnings)
+    return Prepared(config, store, plan, held_out, plan.longest, identity, engine_config, warnings)

@@ -1,28 +1,70 @@
-"""What changes with tokens seen: the curriculum's sequence length, the learning rate, weights of the loss."""
+"""What changes with tokens seen: the difficulty of a curriculum, the learning rate, weights of the loss."""
 
 import math
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
 
-from training.config import CurriculumConfig, ScheduleConfig, TowardsConfig
+from logit_store.errors import ConfigError
+from training.config import ScheduleConfig, ScheduledConfig, TowardsConfig
 
 
-def difficulty(curriculum: CurriculumConfig, tokens_seen: int) -> int:
-    """Positions per sequence after ``tokens_seen`` tokens.
+def difficulty(curriculum: ScheduledConfig, tokens: int) -> int:
+    """Difficulty (positions per sequence, or percent of the rows) after ``tokens`` on the curriculum's clock.
 
-    DeepSpeed's ``CurriculumScheduler.get_difficulty`` with tokens for steps:
+    Within a cycle DeepSpeed's ``CurriculumScheduler.get_difficulty`` with tokens for steps:
     ``min + (tokens / total)^(1/root) · (max − min)``, floored to a multiple of ``difficulty_step``, at
-    least ``min`` rounded up to such a multiple, at most ``max``; or the lookup of ``fixed_discrete``.
+    least ``min`` rounded up to such a multiple, at most ``max``; the lookup of ``fixed_discrete``; or the user's own
+    function. Raises ConfigError where that gives what is no difficulty.
     """
-    schedule = curriculum.schedule_config
+    schedule, tokens = curriculum.schedule_config, in_cycle(curriculum, tokens)
+    if curriculum.schedule_type == "custom":
+        return _custom(curriculum, tokens)
     if curriculum.schedule_type == "fixed_discrete":
         assert schedule.difficulty is not None
         assert schedule.max_tokens is not None
-        return schedule.difficulty[sum(tokens_seen > limit for limit in schedule.max_tokens)]
+        return schedule.difficulty[sum(tokens > limit for limit in schedule.max_tokens)]
     assert schedule.total_curriculum_tokens is not None
     root = 1 if curriculum.schedule_type == "fixed_linear" else schedule.root_degree
     low, high, step = curriculum.min_difficulty, curriculum.max_difficulty, schedule.difficulty_step
-    length = math.floor((tokens_seen / schedule.total_curriculum_tokens) ** (1.0 / root) * (high - low) + low)
-    length -= length % step
-    return min(max(length, -(-low // step) * step), high)
+    value = math.floor((tokens / schedule.total_curriculum_tokens) ** (1.0 / root) * (high - low) + low)
+    value -= value % step
+    return min(max(value, -(-low // step) * step), high)
+
+
+def in_cycle(curriculum: ScheduledConfig, tokens: int) -> int:
+    """Tokens since the current cycle began: the clock starts again every ``cycle_tokens``, ``cycles`` times in all."""
+    if curriculum.cycle_tokens is None:
+        return tokens
+    return tokens - min(tokens // curriculum.cycle_tokens, curriculum.cycles - 1) * curriculum.cycle_tokens
+
+
+def _custom(curriculum: ScheduledConfig, tokens: int) -> int:
+    name = str(curriculum.schedule_config.function)
+    value = _imported(name)(tokens)
+    low, high = curriculum.min_difficulty, curriculum.max_difficulty
+    if not isinstance(value, int) or not low <= value <= high:
+        raise ConfigError(
+            f"schedule_config.function {name} gives {value!r} at {tokens:,} tokens: it must give a whole number from "
+            f"min_difficulty {low} to max_difficulty {high}"
+        )
+    return value
+
+
+@cache
+def _imported(name: str) -> Callable[[int], int]:
+    module, _, function = name.partition(":")
+    try:
+        found = getattr(import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"schedule_config.function {name} cannot be imported ({error}): give `module:function` of a module on "
+            "PYTHONPATH"
+        ) from error
+    if not callable(found):
+        raise ConfigError(f"schedule_config.function {name} is no function")
+    checked: Callable[[int], int] = found
+    return checked
 
 
 def learning_rate(schedule: ScheduleConfig, tokens_seen: int) -> float:

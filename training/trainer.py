@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from logit_store.errors import StudentError
-from training.batches import Cursor
+from training.batches import Cursor, micro_batches, padding_share
 from training.config import TrainConfig
 from training.data import rank_batches
 from training.engine import Engine, init_process_group
@@ -80,14 +80,18 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
             budget, mixing = schedule.micro_batch_tokens, engine.module.mixing
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget))
+            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, length))
             mixing.tokens_seen = before.tokens_seen
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
             terms |= {"alpha": mixing.alpha, "temperature": mixing.last_temperature}
-            watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
+            if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
+                cursor = prepared.plan.paced(before, cursor, engine.same_on_all_ranks(norm))
+            padding = padding_share(micro_batches(prefixes, engine.world_size, budget, length), length)
+            shape = {"sequence_length": length, "padding": padding, "clock": cursor.clock}
+            watch.step(cursor, {**terms, "lr": rate, **shape, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
                 rows = [prefix.row for prefix in prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")

@@ -41,21 +41,26 @@ class TokenText:
         return cls(store.files().get(TOKENIZER))
 
     def __call__(self, token_id: int) -> str:
-        """The text of an id."""
-        token = None if self._tokenizer is None else self._tokenizer.id_to_token(token_id)
-        if token is None:
-            return f"#{token_id}"
+        """The text of an id, shown."""
         if token_id in self._added:
-            return str(token)
+            return str(self._tokenizer.id_to_token(token_id))
+        data = self.data(token_id)
+        return f"#{token_id}" if data is None else _shown(data)
+
+    def data(self, token_id: int) -> bytes | None:
+        """The UTF-8 bytes that an id stands for, perhaps half a character; None where there is no text."""
+        token = None if self._tokenizer is None else self._tokenizer.id_to_token(token_id)
+        if token is None or token_id in self._added:
+            return None if token is None else str(token).encode()
         if self._is_byte_level and all(character in _BYTE_OF for character in token):
-            return _shown(bytes(_BYTE_OF[character] for character in token))
+            return bytes(_BYTE_OF[character] for character in token)
         if byte := _BYTE_TOKEN.fullmatch(token):
-            return _shown(bytes.fromhex(byte[1]))
-        return repr(token.replace("▁", " ") if self._marks_spaces else token)
+            return bytes.fromhex(byte[1])
+        return str(token.replace("▁", " ") if self._marks_spaces else token).encode()
 
     @cached_property
     def _added(self) -> set[int]:
-        return set(self._tokenizer.get_added_tokens_decoder())
+        return set() if self._tokenizer is None else set(self._tokenizer.get_added_tokens_decoder())
 
     @cached_property
     def _is_byte_level(self) -> bool:

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster.config import SourceConfig, TokensConfig
 from cluster.documents import Document
 from cluster.files import SourceFile
 from cluster.tokenize import load_tokenizer, make_encoder, stretches
-from cluster.windows import document_rows
+from cluster.windows import SMALLEST_POWER, document_rows, piece_lengths
 from logit_store import TokenRow
 from logit_store.errors import ConfigError, CorpusError, IdentityError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size
@@ -44,6 +46,35 @@ def test_rows_are_the_documents_in_consecutive_windows(tokenizer: Path) -> None:
     assert list(documents.values()) == expected  # an empty text gives no row; no row holds two documents
     for document in documents:
         assert len({row.split for row in rows if row.document == document}) == 1
+
+
+@settings(deadline=None)
+@given(st.integers(0, 5000), st.integers(2, 600))
+def test_pieces_of_powers_of_two_are_the_largest_that_fit(num_tokens: int, window: int) -> None:
+    lengths = piece_lengths(num_tokens, window, "powers_of_two")
+    assert sum(lengths) == num_tokens
+    assert lengths == sorted(lengths, reverse=True)
+    assert max(lengths, default=1) <= window
+    if window >= SMALLEST_POWER:
+        assert all(length.bit_count() == 1 for length in lengths if length >= SMALLEST_POWER)
+        assert sum(length < SMALLEST_POWER for length in lengths) <= 1
+    assert len(lengths) - lengths.count(max(lengths, default=0)) == max(len(set(lengths)) - 1, 0)  # smaller ones once
+
+
+def test_a_store_of_pieces_is_another_store(tokenize_here: Callable[..., Any], tokenizer: Path) -> None:
+    documents = [{"text": text} for text in TEXTS]
+    store = tokenize_here(documents, pieces="powers_of_two")
+    loaded = load_tokenizer(str(tokenizer), None)
+    expected = [[*loaded(text)["input_ids"], loaded.eos_token_id] for text in TEXTS if text]
+    rows = [store[i] for i in range(len(store))]
+    for document, ids in zip(dict.fromkeys(row.document for row in rows), expected, strict=True):
+        pieces = [row.input_ids_T for row in rows if row.document == document]
+        assert np.concatenate(pieces).tolist() == ids
+        assert [len(piece) for piece in pieces] == piece_lengths(len(ids), WINDOW, "powers_of_two")
+    assert store.manifest["pieces"] == "powers_of_two"
+    assert len(tokenize_here(documents, pieces="powers_of_two", starts_cluster=False)) == len(store)
+    with pytest.raises(IdentityError, match='pieces is "powers_of_two" there and null here'):
+        tokenize_here(documents, starts_cluster=False)
 
 
 def test_the_split_is_the_texts_own(tokenizer: Path) -> None:

@@ -1,0 +1,152 @@
+"""The batch plan of a run, and whether its data is enough for its curriculum: looked at before anything is trained."""
+
+import os
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from logit_store import LogitStore, TokenStore
+from logit_store.errors import ConfigError, StoreError
+from logit_store.identity import digest_json
+from training.batches import BatchPlan
+from training.config import TrainConfig
+from training.curriculum import Curriculum
+from training.cuts import cut_of, plain_cut
+from training.difficulty import easiest_percent, row_difficulties
+from training.schedules import difficulty
+
+NUM_PROBES = 1000
+"""Times of a run at which its curricula are tried: a schedule that is wrong is wrong for longer than 1/1000 of it."""
+
+
+def make_plan(config: TrainConfig, store: LogitStore | TokenStore) -> BatchPlan:
+    """The batch plan of the store's training rows.
+
+    Raises StoreError: there are no rows to train on, or none that carries loss; ConfigError: the curriculum, the steps
+    or the ranks do not fit the data.
+    """
+    rows_N = store.rows("train")
+    rows_N = rows_N[store.lengths_N[rows_N] > 1]
+    if not len(rows_N):
+        raise StoreError(f"{config.data.store} has no rows to train on: all are held out, or of one token")
+    lengths_N, lengths = store.lengths_N[rows_N], config.curriculum
+    if lengths is not None and lengths.max_difficulty > lengths_N.max():
+        raise ConfigError(
+            f"curriculum.max_difficulty {lengths.max_difficulty} is longer than the data: the longest row of "
+            f"{config.data.store} has {lengths_N.max()} tokens. Choose at most that, or tokenize with a longer "
+            "tokens.window"
+        )
+    plan = BatchPlan(
+        rows_N,
+        lengths_N,
+        config.schedule.tokens_per_step,
+        config.run.seed,
+        Curriculum(lengths, config.row_curriculum),
+        cut_of(store, lengths.boundary if lengths else "token"),
+        _percents(config, store, rows_N),
+    )
+    _check_curriculum(plan, config.schedule.total_tokens)
+    _check_steps(plan, config)
+    _check_loss_masks(plan, config)
+    return plan
+
+
+def plan_warnings(plan: BatchPlan, config: TrainConfig, num_rows: int) -> list[str]:
+    """What a person should know of a plan that is sound. ``num_rows``: rows of the store that are to be trained on."""
+    warnings = []
+    total, lengths = config.schedule.total_tokens, config.curriculum
+    if lengths is not None and (length := plan.length(total)) < lengths.max_difficulty:
+        warnings.append(
+            f"schedule.total_tokens {total:,} end before the curriculum does: the last sequences have {length} "
+            f"positions, not {lengths.max_difficulty}"
+        )
+    if plan.curriculum.is_bucketed and lengths is not None and (too_long := num_rows - len(plan.rows_N)):
+        warnings.append(
+            f"{too_long:,} of {num_rows:,} rows are longer than curriculum.max_difficulty {lengths.max_difficulty}, "
+            "or of one token, and are not trained on"
+        )
+    return warnings
+
+
+def custom_identity(config: TrainConfig) -> dict[str, Any]:
+    """What the user's own schedules give, by content: their code may change under the same name."""
+    schedules = {"curriculum": config.curriculum, "row_curriculum": config.row_curriculum}
+    return {
+        f"{name}_values": digest_json([difficulty(schedule, clock) for clock in _probes(config.schedule.total_tokens)])
+        for name, schedule in schedules.items()
+        if schedule is not None and schedule.schedule_type == "custom"
+    }
+
+
+def _percents(
+    config: TrainConfig, store: LogitStore | TokenStore, rows_N: NDArray[np.int64]
+) -> NDArray[np.float64] | None:
+    if config.row_curriculum is None:
+        return None
+    if not isinstance(store, LogitStore):
+        raise ConfigError(
+            f"row_curriculum needs a teacher's labels, and {config.data.store} holds tokens alone: leave it out, or "
+            "give a logit store (loss.alpha=0 may stay)"
+        )
+    return easiest_percent(row_difficulties(store, rows_N, config.row_curriculum.metric))
+
+
+def _probes(total_tokens: int) -> list[int]:
+    return sorted({total_tokens * i // NUM_PROBES for i in range(NUM_PROBES)})
+
+
+def _check_curriculum(plan: BatchPlan, total_tokens: int) -> None:
+    """Refuse a curriculum that no row fits, or under which rows are spent twice while others wait for their turn."""
+    cycles = [s.cycle_tokens for s in (plan.curriculum.lengths, plan.curriculum.rows) if s and s.cycle_tokens]
+    positions_PL = _histogram(plan)
+    for clock in _probes(min([total_tokens, *cycles])):
+        length, open_P = plan.length(clock), (plan.open(clock) & (plan.pools.sizes_BC > 0)).reshape(-1)
+        if not open_P.any():
+            raise ConfigError(
+                f"no row fits the curriculum after {clock:,} tokens: all are longer than {length} positions, or "
+                "harder. Raise min_difficulty, or tokenize with tokens.pieces=powers_of_two"
+            )
+        is_all = (open_P == (plan.pools.sizes_BC > 0).reshape(-1)).all()
+        enough = positions_PL[open_P].sum(0) @ np.minimum(np.arange(positions_PL.shape[1]), length)
+        if not is_all and clock > enough / plan.curriculum.parts:
+            share = f"a cycle's share of 1/{plan.curriculum.parts} of " if plan.curriculum.parts > 1 else ""
+            raise ConfigError(
+                f"the curriculum is longer than the data: after {clock:,} tokens it is still at rows of which {share}"
+                f"all there are hold {enough:,} positions, and would be trained on again while others wait. "
+                "Shorten total_curriculum_tokens, or raise min_difficulty"
+            )
+
+
+def _histogram(plan: BatchPlan) -> NDArray[np.int64]:
+    """How many rows of each pool [P] have how many positions [L]."""
+    num_pools, longest = plan.pools.sizes_BC.size, int(plan.positions_N.max())
+    flat_N = plan.pools.pool_N * (longest + 1) + plan.positions_N
+    return np.bincount(flat_N, minlength=num_pools * (longest + 1)).reshape(num_pools, longest + 1)
+
+
+def _check_steps(plan: BatchPlan, config: TrainConfig) -> None:
+    longest, tokens = plan.longest, config.schedule.tokens_per_step
+    if tokens < longest:
+        raise ConfigError(f"schedule.tokens_per_step {tokens} is less than the longest sequence, {longest} positions")
+    ranks = int(os.environ.get("WORLD_SIZE") or config.launcher.ranks or 1)
+    if tokens // longest < ranks:
+        raise ConfigError(
+            f"schedule.tokens_per_step {tokens} does not divide among {ranks} ranks: it holds {tokens // longest} "
+            f"sequences of {longest} positions, so that some rank would have none. Use at least {ranks * longest}"
+        )
+
+
+def _check_loss_masks(plan: BatchPlan, config: TrainConfig) -> None:
+    """Refuse a store in which nothing carries loss. Only rows of shards with loss masks are read, up to the first."""
+    if plan.cut is plain_cut:
+        return
+    clock = min(_probes(config.schedule.total_tokens), key=plan.length)
+    length, open_P = plan.length(clock), plan.open(clock).reshape(-1)
+    for i in np.flatnonzero(open_P[plan.pools.pool_N]).tolist():
+        if plan.cut(int(plan.rows_N[i]), min(length, int(plan.positions_N[i])))[1]:
+            return
+    raise StoreError(
+        f"{config.data.store}: no position carries loss within the first {length} of any row: its loss masks are "
+        "empty there. Raise curriculum.min_difficulty, or tokenize with other loss masks"
+    )
