@@ -1,6 +1,6 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from training.config import CurriculumConfig
 from training.schedules import difficulty
+
+EpochOrder = Callable[[int, int, NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+"""(seed, epoch, rows_N, positions_N) → N places in ``rows_N``: what an epoch takes, in order. See `source.py`."""
 
 
 class Cursor(NamedTuple):
@@ -32,6 +35,9 @@ class Prefix(NamedTuple):
 class BatchPlan:
     """Step after step of prefixes, in a global order that knows nothing of ranks."""
 
+    runs_ahead = True
+    """Whether ``next`` knows the steps to come from the cursor alone, so that they can be read before they are due."""
+
     def __init__(
         self,
         rows_N: NDArray[np.int64],
@@ -39,18 +45,20 @@ class BatchPlan:
         tokens_per_step: int,
         seed: int,
         curriculum: CurriculumConfig | None,
+        order: EpochOrder,
     ) -> None:
         """``rows_N`` are the numbers of the rows to train on, ``lengths_N`` their lengths in tokens."""
         usable = lengths_N > 1  # a row of one token has no position
         self.rows_N, self.positions_N = rows_N[usable], lengths_N[usable].astype(np.int64) - 1
         self.tokens_per_step, self.seed, self.curriculum = tokens_per_step, seed, curriculum
+        self.order = order
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.zeros(0, np.int64))
 
     def next(self, cursor: Cursor) -> tuple[list[Prefix], int, Cursor]:
         """The step at ``cursor``: its prefixes, its sequence length, and the cursor after it.
 
         Rows are taken in the epoch's order, each giving ``min(length, T − 1)`` positions, until the next
-        would exceed ``tokens_per_step``. A row is spent once per epoch, even if it was cut.
+        would exceed ``tokens_per_step``. A row is spent once per epoch (of its own text), even if it was cut.
         """
         longest = int(self.positions_N.max())
         length = difficulty(self.curriculum, cursor.tokens_seen) if self.curriculum else longest
@@ -68,8 +76,7 @@ class BatchPlan:
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         if self._order[0] != epoch:
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence([self.seed, epoch])))
-            self._order = (epoch, generator.permutation(len(self.rows_N)))
+            self._order = (epoch, self.order(self.seed, epoch, self.rows_N, self.positions_N))
         return self._order[1]
 
 

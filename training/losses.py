@@ -42,6 +42,17 @@ class SparseTargets(NamedTuple):
     """A_T = log Σ_v p_v^(1/T); zero at T = 1."""
 
 
+class WeightedTargets(NamedTuple):
+    """One teacher's labels. The weights of a batch's teachers add up to 1."""
+
+    weight: float
+    targets: SparseTargets
+
+    def part(self, start: int, stop: int) -> "WeightedTargets":
+        """The labels of some of the positions."""
+        return WeightedTargets(self.weight, SparseTargets(*(column[start:stop] for column in self.targets)))
+
+
 class LossSums(NamedTuple):
     """Sums over positions; divide by ``positions`` of the global batch."""
 
@@ -105,9 +116,9 @@ def chunked_losses(
     head: Callable[[Tensor], Tensor],
     hidden_ND: Tensor,
     next_ids_N: Tensor,
-    targets: SparseTargets | None,
+    targets: tuple[WeightedTargets, ...],
     num_chunks: int,
-    losses: Callable[[Tensor, Tensor, SparseTargets | None], LossSums],
+    losses: Callable[[Tensor, Tensor, tuple[WeightedTargets, ...]], LossSums],
 ) -> LossSums:
     """``losses(head(hidden), next_ids, targets)`` without ever holding the logits of more than a chunk.
 
@@ -116,7 +127,7 @@ def chunked_losses(
     from all ranks, so all ranks must call it equally often.
     """
 
-    def of_chunk(part_ND: Tensor, ids_N: Tensor, part: SparseTargets | None) -> LossSums:
+    def of_chunk(part_ND: Tensor, ids_N: Tensor, part: tuple[WeightedTargets, ...]) -> LossSums:
         return losses(head(part_ND), ids_N, part)
 
     if num_chunks == 1:
@@ -124,7 +135,7 @@ def chunked_losses(
     bounds = [len(hidden_ND) * i // num_chunks for i in range(num_chunks + 1)]
     sums: list[LossSums] = []
     for start, stop in pairwise(bounds):
-        part = None if targets is None else SparseTargets(*(column[start:stop] for column in targets))
+        part = tuple(teacher.part(start, stop) for teacher in targets)
         sums.append(checkpoint(of_chunk, hidden_ND[start:stop], next_ids_N[start:stop], part, use_reentrant=False))
     return LossSums(*(torch.stack(terms).sum() for terms in zip(*sums, strict=True)))
 

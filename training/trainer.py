@@ -8,9 +8,10 @@ import torch
 from logit_store.errors import StudentError
 from training.batches import Cursor
 from training.config import TrainConfig
-from training.data import rank_batches
 from training.engine import Engine, init_process_group
-from training.evaluation import evaluate
+from training.evaluation import Figures, evaluate
+from training.feed import Feed
+from training.flops import ModelFlops, model_flops
 from training.models import build_student, save_tokenizer
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder, writing
@@ -29,27 +30,25 @@ def train(config: TrainConfig) -> None:
     run.check(config, prepared.identity)
     if run.result() is not None:
         return
-    vocabulary_size = int(prepared.store.manifest["vocabulary_size"])
+    vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
     longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
     model = build_student(config.student, vocabulary_size, longest, config.run.seed)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters, flops = sum(p.numel() for p in model.parameters()), model_flops(model)
     init_process_group()
     rank = torch.distributed.get_rank()
-    engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
+    engine = Engine(Student(model, vocabulary_size, config.loss, config.student.attention), prepared.engine_config)
     if rank == 0:
         run.begin(config, prepared.identity)
-    cursor = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank)
-    figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
+    cursor, figures = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank, flops)
     with engine.whole_weights():
         if rank == 0:
             with writing(run.model):
                 engine.module.model.save_pretrained(run.model)
-                save_tokenizer(prepared.store.files(), run.model)
+                save_tokenizer(prepared.source.files(), run.model)
     if rank == 0:
         seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
         progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
         rate = cursor.tokens_seen / seconds
-        run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
         run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -71,30 +70,39 @@ def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
     return cursor
 
 
-def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int) -> Cursor:
-    config, schedule = prepared.config, prepared.config.schedule
+def _train_steps(
+    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int, flops: ModelFlops
+) -> tuple[Cursor, Figures]:
+    """Step until the tokens are spent: where the run stands then, and its last held-out figures."""
+    config, schedule, source = prepared.config, prepared.config.schedule, prepared.source
     engine.module.train()
-    with Watcher(run, config, cursor, rank) as watch:
+    labels = config.loss.alpha > 0
+    with (
+        Watcher(run, config, cursor, rank, flops, engine) as watch,
+        Feed(config, source, prepared.plan, engine.world_size, rank, labels) as feed,
+    ):
         while cursor.tokens_seen < schedule.total_tokens:
             before = cursor
-            prefixes, length, cursor = prepared.plan.next(cursor)
-            budget, temperature = schedule.micro_batch_tokens, config.loss.temperature
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature))
+            step = feed.next(cursor)
+            cursor = step.cursor
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
-            terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
-            watch.step(cursor, {**terms, "lr": rate, "sequence_length": length, "gradient_norm": norm})
+            terms, norm = engine.step(step.batches, cursor.tokens_seen - before.tokens_seen, rate)
+            settings = {"lr": rate, "sequence_length": step.length, "temperature": config.loss.temperature}
+            watch.step(step, {**terms, **settings, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
-                rows = [prefix.row for prefix in prefixes]
+                rows = [prefix.row for prefix in step.prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
             if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
-                watch.evaluation(cursor, evaluate(engine, prepared.store, prepared.held_out, budget, rank))
+                watch.evaluation(cursor, evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank))
             if _crossed(config.checkpoint.every_tokens, before, cursor):
                 engine.save(run.checkpoints, f"step{cursor.step}")
                 if rank == 0:
                     run.point_to(f"step{cursor.step}", cursor._asdict(), engine.world_size)
-    return cursor
+        figures = evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank)
+        watch.evaluation(cursor, figures)
+    return cursor, figures
 
 
 def _crossed(every: int | None, before: Cursor, after: Cursor) -> bool:

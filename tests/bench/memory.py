@@ -110,7 +110,7 @@ def _student(model: Any, way: str, ids_1T: Any) -> Any:
 
     from training.config import LossConfig
     from training.data import MicroBatch
-    from training.losses import SparseTargets
+    from training.losses import SparseTargets, WeightedTargets
     from training.student import Student
 
     positions = ids_1T.shape[1] - 1
@@ -119,7 +119,8 @@ def _student(model: Any, way: str, ids_1T: Any) -> Any:
     head_ids_NK = torch.stack([torch.randperm(V)[:K] for _ in range(32)]).repeat(-(-positions // 32), 1)[:positions]
     targets = SparseTargets(head_ids_NK, log_p_NK, tail_N - 5, tail_N, torch.zeros(positions))
     valid = torch.ones(1, positions, dtype=torch.bool)
-    batch = MicroBatch(ids_1T[:, :-1], valid, ids_1T[0, 1:], targets, positions)
+    lengths = torch.tensor([positions])
+    batch = MicroBatch(ids_1T[:, :-1], lengths, valid, ids_1T[0, 1:], (WeightedTargets(1.0, targets),), positions)
     chunk = positions if way == "dense" else None
     student = Student(model, V, LossConfig(alpha=0.9, tail="ghost", chunk_positions=chunk))
     return lambda: student(batch).loss.backward()

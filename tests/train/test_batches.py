@@ -8,14 +8,19 @@ from hypothesis import strategies as st
 
 from training.batches import BatchPlan, Cursor, Prefix, micro_batches
 from training.config import CurriculumConfig, CurriculumScheduleConfig
+from training.source import shuffled_order
 
 CURRICULUM = CurriculumConfig(
     min_difficulty=8, max_difficulty=40, schedule_config=CurriculumScheduleConfig(total_curriculum_tokens=900)
 )
 
 
+def shuffled(seed: int, epoch: int, rows_N: np.ndarray, _positions_N: np.ndarray) -> np.ndarray:
+    return shuffled_order(seed, epoch, len(rows_N))
+
+
 def make_plan(lengths: list[int], curriculum: CurriculumConfig | None, seed: int = 0) -> BatchPlan:
-    return BatchPlan(np.arange(100, 100 + len(lengths)), np.asarray(lengths, np.int32), 64, seed, curriculum)
+    return BatchPlan(np.arange(100, 100 + len(lengths)), np.asarray(lengths, np.int32), 64, seed, curriculum, shuffled)
 
 
 def steps(plan: BatchPlan, count: int, cursor: Cursor = Cursor()) -> list[tuple[list[Prefix], int, Cursor]]:  # noqa: B008

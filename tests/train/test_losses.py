@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.losses import LossSums, SparseTargets, chunked_losses, forward_kl, position_losses
+from training.losses import LossSums, SparseTargets, WeightedTargets, chunked_losses, forward_kl, position_losses
 
 TAILS = ["ghost", "ground_truth", "renormalise", "uniform"]
 N, V = 7, 23
@@ -127,11 +127,12 @@ def test_chunks_change_nothing(problem: tuple[Tensor, Tensor, Tensor], num_chunk
     head = torch.nn.Linear(6, V, bias=False, dtype=torch.float64)
     hidden = torch.randn(N, 6, dtype=torch.float64, requires_grad=True)
 
-    def losses(logits: Tensor, ids: Tensor, part: SparseTargets | None) -> LossSums:
-        return position_losses(logits, ids, part, V, 0.6, 1.0, "ground_truth")
+    def losses(logits: Tensor, ids: Tensor, part: tuple[WeightedTargets, ...]) -> LossSums:
+        return position_losses(logits, ids, part[0].targets, V, 0.6, 1.0, "ground_truth")
 
-    whole = losses(head(hidden), next_ids_N, targets)
-    chunked = chunked_losses(head, hidden, next_ids_N, targets, num_chunks, losses)
+    labels = (WeightedTargets(1.0, targets),)
+    whole = losses(head(hidden), next_ids_N, labels)
+    chunked = chunked_losses(head, hidden, next_ids_N, labels, num_chunks, losses)
     for a, b in zip(whole, chunked, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
     for a, b in zip(

@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM
 from training.batches import Prefix
 from training.config import LossConfig
 from training.data import collate
+from training.losses import WeightedTargets
+from training.source import Source
 from training.student import Student
 
 V = 400
@@ -46,7 +48,7 @@ def test_the_path_is_online_distillation(
     student = Student(model, V, LossConfig(alpha=1.0, temperature=temperature, chunk_positions=7))
     rows = store.rows("train")[:5]
     prefixes = [Prefix(int(row), min(int(store.lengths_N[row]) - 1, 30)) for row in rows if store.lengths_N[row] > 1]
-    cached = student(collate(store, prefixes, temperature)).loss
+    cached = student(collate(Source.of(store), prefixes, temperature)).loss
     reference = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
     online = sum(
         (online_loss(reference, model, store[p.row].tokens.input_ids_T, p.positions, temperature) for p in prefixes),
@@ -69,13 +71,11 @@ def test_a_shifted_label_is_noticed(store: Any, teacher: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     student = Student(model, V, LossConfig(alpha=1.0, tail="ghost"))
     row = int(np.flatnonzero(store.lengths_N == 48)[0])
-    batch = collate(store, [Prefix(row, 47)])
-    assert batch.targets is not None
+    batch = collate(Source.of(store), [Prefix(row, 47)])
+    labels = batch.targets[0].targets
     # Padded rows of this teacher hold mass that a student may not use, so the distance is small, not zero.
     aligned = float(student(batch).loss) / 47
-    rolled = batch.targets._replace(
-        **{name: getattr(batch.targets, name).roll(1, 0) for name in ("head_ids_NK", "head_logprobs_NK")}
-    )
-    shifted = float(student(batch._replace(targets=rolled)).loss) / 47
+    rolled = labels._replace(**{name: getattr(labels, name).roll(1, 0) for name in ("head_ids_NK", "head_logprobs_NK")})
+    shifted = float(student(batch._replace(targets=(WeightedTargets(1.0, rolled),))).loss) / 47
     assert aligned < 0.1
     assert shifted > 10 * aligned
