@@ -1,6 +1,7 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ PERCENT = 5
 
 MAX_PADDING = 0.05
 """Share of padded positions below which micro-batches are not split further."""
+
+
+EpochOrder = Callable[[int, NDArray[np.int64], NDArray[np.int64]], NDArray[np.int64]]
+"""(epoch, rows_N, positions_N) → N places in ``rows_N``: what an epoch takes, in order. See `source.py`."""
 
 
 class Cursor(NamedTuple):
@@ -53,10 +58,12 @@ class BatchPlan:
         curriculum: Curriculum = Curriculum(),  # noqa: B008 (a tuple)
         cut: Cut = plain_cut,
         percent_N: NDArray[np.float64] | None = None,
+        order: EpochOrder | None = None,
     ) -> None:
         """``rows_N`` are the numbers of the rows to train on, ``lengths_N`` their lengths in tokens.
 
         ``percent_N``, for a row curriculum: how many percent of the rows are as easy as each row, above 0 to 100.
+        ``order``, for a mixture: what an epoch takes in place of every row once, shuffled.
         """
         usable_N = lengths_N > 1  # a row of one token has no position
         if curriculum.is_bucketed and curriculum.lengths is not None:
@@ -67,7 +74,10 @@ class BatchPlan:
         class_N = np.zeros_like(self.positions_N)
         if percent_N is not None:
             class_N = np.ceil(percent_N[usable_N] / PERCENT).astype(np.int64) - 1
-        self.pools = Pools(bucket_N, class_N, seed, curriculum.parts)
+        of_epoch: Callable[[int], NDArray[np.int64]] | None = None
+        if order is not None:
+            of_epoch = partial(_of_epoch, order, self.rows_N, self.positions_N)
+        self.pools = Pools(bucket_N, class_N, seed, curriculum.parts, of_epoch)
         num_buckets = self.pools.shape[0]
         self._longest_B = np.zeros(num_buckets, np.int64)
         np.maximum.at(self._longest_B, bucket_N, self.positions_N)
@@ -136,6 +146,12 @@ class BatchPlan:
         tokens, pace = after.tokens_seen - before.tokens_seen, Pace(*before.pace)  # type: ignore[arg-type]
         clock, pace = self.curriculum.advanced(before.clock, pace, tokens, gradient_norm)
         return after._replace(clock=clock, pace=tuple(pace))
+
+
+def _of_epoch(
+    order: EpochOrder, rows_N: NDArray[np.int64], positions_N: NDArray[np.int64], epoch: int
+) -> NDArray[np.int64]:
+    return order(epoch, rows_N, positions_N)
 
 
 def length_bucket(positions_N: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -1,8 +1,10 @@
 """Whether a store's labels serve the loss that a run asks for: checked before a model is loaded."""
 
+from collections.abc import Sequence
+
 from logit_store import LogitStore, TokenStore
 from logit_store.errors import ConfigError, StoreError
-from training.config import LossConfig, TrainConfig
+from training.config import LossConfig
 from training.losses import LEGAL_TAILS
 from training.losses.temperatures import MIN_KNOTS, interpolation_error
 
@@ -10,19 +12,20 @@ PROBED_ROWS = 32
 """Rows over which the error of interpolated log-partitions is measured."""
 
 
-def check_loss(config: TrainConfig, store: LogitStore | TokenStore) -> list[str]:
+def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequence[float]) -> list[str]:
     """Refuse a loss that the store's labels do not serve; warnings, one per thing that is approximate.
 
+    ``stored`` are the temperatures at which every store of the run has log-partitions.
     Raises ConfigError, StoreError.
     """
-    if not config.loss.needs_labels:
+    if not loss.needs_labels:
         return []
     if not isinstance(store, LogitStore):
         raise StoreError(
-            f"{config.data.store} holds tokens without labels: set loss.alpha=0, or make a logit store (`decant cache`)"
+            f"{store.storage.url} holds tokens without labels: set loss.alpha=0, or make a logit store (`decant cache`)"
         )
-    _check_tail(config.loss, store)
-    return _check_temperature(config.loss, store)
+    _check_tail(loss, store)
+    return _check_temperature(loss, store, stored)
 
 
 def _check_tail(loss: LossConfig, store: LogitStore) -> None:
@@ -47,8 +50,7 @@ def _check_tail(loss: LossConfig, store: LogitStore) -> None:
         )
 
 
-def _check_temperature(loss: LossConfig, store: LogitStore) -> list[str]:
-    stored: list[float] = store.manifest["temperatures"]
+def _check_temperature(loss: LossConfig, store: LogitStore, stored: Sequence[float]) -> list[str]:
     served, (low, high) = [1.0, *stored], loss.extreme_temperatures
     name = "loss.learned_temperature" if loss.learned_temperature else "loss.temperature"
     if loss.tail == "sampled" and (low, high) != (only := stored[0] if stored else 1.0, only):

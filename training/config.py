@@ -16,11 +16,44 @@ class RunConfig(Config):
     """Decides weights of a new student, the order of rows, and dropout."""
 
 
-class DataConfig(Config):
-    """What the student learns from."""
+class WeightedStoreConfig(Config):
+    """One store of several."""
 
     store: str
+    """Path or URL."""
+    weight: float = Field(1.0, gt=0.0, allow_inf_nan=False)
+    """Its share, relative to the other stores' weights."""
+
+
+class DataConfig(Config):
+    """What the student learns from: one of `store`, `teachers` and `mixture`."""
+
+    store: str | None = None
     """Path or URL of a logit store; of a token store when `loss.alpha` is 0."""
+    teachers: list[WeightedStoreConfig] | None = Field(None, min_length=1)
+    """Logit stores of several teachers over one set of token shards. Weights are shares of the distillation loss."""
+    mixture: list[WeightedStoreConfig] | None = Field(None, min_length=1)
+    """Stores of different texts under one tokenizer. Weights are shares of the positions trained on."""
+    ahead: int = Field(2, ge=1)
+    """Steps that are read and decoded while the student computes."""
+    threads: int = Field(2, ge=1)
+    """Threads of each rank that do so."""
+
+    @model_validator(mode="after")
+    def _has_one_origin(self) -> Self:
+        given = [name for name in ("store", "teachers", "mixture") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"not {' and '.join(given)} at once" if given else "and none of them is there"
+            raise ValueError(
+                f"give one of `store` (one store), `teachers` (several over the same rows) and `mixture` (several "
+                f"texts), {what}"
+            )
+        return self
+
+    @property
+    def stores(self) -> list[WeightedStoreConfig]:
+        """Every store that is named, in order; a single one has weight 1."""
+        return self.teachers or self.mixture or [WeightedStoreConfig(store=str(self.store))]
 
 
 class StudentConfig(Config):
@@ -34,6 +67,9 @@ class StudentConfig(Config):
     """A new model: `model_type` and the fields of its transformers config. `vocab_size` defaults to the store's V."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    attention: Literal["padded", "varlen"] = "padded"
+    """How a micro-batch keeps its sequences apart: `padded` as rows of one array; `varlen` one after the other without
+    padding, for FlashAttention 2 on a GPU in bf16 or fp16 (`flash-attn` installed)."""
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
@@ -278,6 +314,39 @@ class CheckpointConfig(Config):
     """Tokens between checkpoints. Without it there is none, and a killed run starts again."""
 
 
+class WandbConfig(Config):
+    """Metrics to Weights & Biases."""
+
+    project: str
+    """Project that the run appears in."""
+    entity: str | None = None
+    """Team or user; the account's own where it is not given."""
+    name: str | None = None
+    """Name of the run; that of its directory where it is not given."""
+    mode: Literal["online", "offline"] = "online"
+    """offline writes below the run's directory, for `wandb sync`."""
+
+
+class MlflowConfig(Config):
+    """Metrics to MLflow."""
+
+    experiment: str
+    """Experiment that the run appears in."""
+    tracking_uri: str | None = None
+    """Server or folder; MLFLOW_TRACKING_URI, or MLflow's own default, where it is not given."""
+    name: str | None = None
+    """Name of the run; that of its directory where it is not given."""
+
+
+class WatchConfig(Config):
+    """Where figures go beside `metrics.jsonl` and TensorBoard, which are always written."""
+
+    peak_tflops: float | None = Field(None, gt=0.0)
+    """What one device can do at the dtype trained in, dense, for MFU. Known GPUs have their bf16 figure."""
+    wandb: WandbConfig | None = None
+    mlflow: MlflowConfig | None = None
+
+
 class LauncherConfig(Config):
     """How `decant train` starts ranks on this machine (several machines: the `deepspeed` command itself)."""
 
@@ -300,6 +369,7 @@ class TrainConfig(Config):
     """Instead of a curriculum of lengths, or beside it: easy rows first, as the teacher finds them."""
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    watch: WatchConfig = WatchConfig()
     deepspeed: str | None = None
     """Path of a DeepSpeed JSON. It passes through; batch sizes, accumulation and scheduler are ours."""
     launcher: LauncherConfig = LauncherConfig()

@@ -1,15 +1,16 @@
 """Prefixes of stored rows as tensors, padded to one of a few lengths."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from logit_store import LogitRow, LogitStore, Targets, TokenStore
+from logit_store import Targets
 from training.batches import Prefix, micro_batches, padded_positions
 from training.losses import SparseTargets, WeightedTargets
+from training.source import Source, SourceRow
 
 
 class MicroBatch(NamedTuple):
@@ -17,62 +18,83 @@ class MicroBatch(NamedTuple):
 
     input_ids_BL: Tensor
     """int64; 0 where padded (on the right: under causal attention no real position sees it)."""
+    lengths_B: Tensor
+    """int64: positions of each prefix that are no padding."""
     valid_BL: Tensor
     """bool: which positions carry loss."""
     next_ids_N: Tensor
     """int64: the tokens to predict, of the valid positions in order."""
     targets: tuple[WeightedTargets, ...]
-    """Each teacher's labels of the valid positions; none from a token store."""
+    """Each teacher's labels of the valid positions; none from a token store, or where no labels were wanted."""
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device."""
-        ids, valid, next_ids = (t.to(device) for t in self[:3])
-        targets = tuple(
-            WeightedTargets(w, SparseTargets(*(c.to(device) for c in labels))) for w, labels in self.targets
+        """The same on another device; from page-locked memory the copy does not wait."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """The same in page-locked memory, from which a GPU copies while the CPU goes on."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
+        ids, lengths, valid, next_ids = (change(tensor) for tensor in self[:4])
+        targets = tuple(WeightedTargets(w, SparseTargets(*map(change, columns))) for w, columns in self.targets)
+        return MicroBatch(ids, lengths, valid, next_ids, targets)
+
+    def kept_mass(self) -> float:
+        """Σ over its positions of the mass that is not tail; of several teachers, the weighted mean."""
+        return sum(
+            t.weight * float((1.0 - t.targets.tail_logmass_N.exp()).sum(dtype=torch.float64)) for t in self.targets
         )
-        return MicroBatch(ids, valid, next_ids, targets)
 
 
 def rank_batches(
-    store: LogitStore | TokenStore,
-    prefixes: Sequence[Prefix],
-    num_ranks: int,
-    rank: int,
-    micro_batch_tokens: int,
-    length: int | None = None,
+    source: Source, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time.
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
+    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens)[rank]:
+        yield collate(source, group)
 
-    None is padded beyond ``length``, the curriculum's (see ``padded_positions``).
+
+def collate(source: Source, prefixes: Sequence[Prefix], length: int | None = None, labels: bool = True) -> MicroBatch:
+    """Read and pad the prefixes, with their labels or without; none is padded beyond ``length``, the curriculum's.
+
+    Positions that a row's mask leaves out are fed, carry no loss and have no labels. No prefixes give one padded
+    position without loss, so that every rank runs. Raises CorruptError.
     """
-    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens, length)[rank]:
-        yield collate(store, group, length)
-
-
-def collate(store: LogitStore | TokenStore, prefixes: Sequence[Prefix], length: int | None = None) -> MicroBatch:
-    """Read and pad the prefixes; positions that a row's mask leaves out carry no loss and have no labels.
-
-    No prefixes give one padded position without loss, so that every rank runs.
-    """
-    rows = [store[prefix.row] for prefix in prefixes]
-    tokens = [row.tokens if isinstance(row, LogitRow) else row for row in rows]
+    rows = [source[p.row] if labels else SourceRow(source.tokens(p.row), ()) for p in prefixes]
     padded = padded_positions(max((prefix.positions for prefix in prefixes), default=1), length)
     input_ids_BL = np.zeros((max(len(prefixes), 1), padded), np.int64)
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
     next_ids = [np.zeros(0, np.int64)]
-    for i, (prefix, row) in enumerate(zip(prefixes, tokens, strict=True)):
-        valid_P = row.carries_loss_P[: prefix.positions]
-        input_ids_BL[i, : prefix.positions] = row.input_ids_T[: prefix.positions]
-        valid_BL[i, : prefix.positions] = valid_P
-        next_ids.append(row.input_ids_T[1 : prefix.positions + 1][valid_P].astype(np.int64))
-    targets: tuple[WeightedTargets, ...] = ()
-    if isinstance(store, LogitStore):
-        labelled = zip((row for row in rows if isinstance(row, LogitRow)), prefixes, strict=True)
-        parts = [(row.targets, row.tokens.carries_loss_P[: prefix.positions]) for row, prefix in labelled]
-        forced, num_stored = store.manifest["forced_ids"], len(store.manifest["temperatures"])
-        targets = (WeightedTargets(1.0, sparse_targets(parts, forced, num_stored)),)
-    next_ids_N = torch.from_numpy(np.concatenate(next_ids))
-    return MicroBatch(torch.from_numpy(input_ids_BL), torch.from_numpy(valid_BL), next_ids_N, targets)
+    for i, ((_, positions), (tokens, _)) in enumerate(zip(prefixes, rows, strict=True)):
+        valid_P = tokens.carries_loss_P[:positions]
+        input_ids_BL[i, :positions] = tokens.input_ids_T[:positions]
+        valid_BL[i, :positions] = valid_P
+        next_ids.append(tokens.input_ids_T[1 : positions + 1][valid_P].astype(np.int64))
+    return MicroBatch(
+        torch.from_numpy(input_ids_BL),
+        torch.tensor([prefix.positions for prefix in prefixes] or [1]),
+        torch.from_numpy(valid_BL),
+        torch.from_numpy(np.concatenate(next_ids)),
+        _labels(source, prefixes, rows) if labels and source.has_labels else (),
+    )
+
+
+def _labels(source: Source, prefixes: Sequence[Prefix], rows: Sequence[SourceRow]) -> tuple[WeightedTargets, ...]:
+    """Every teacher's labels of the prefixes; a mixture has one teacher per text, and counts as one."""
+    found = []
+    for teacher, weight in enumerate(source.texts[0].store_weights):
+        parts = []
+        for prefix, row in zip(prefixes, rows, strict=True):
+            text, _ = source.place(prefix.row)
+            stored = text.stores[teacher].manifest["temperatures"]
+            columns = [stored.index(temperature) for temperature in source.temperatures]
+            targets = row.labels[teacher]
+            targets = targets._replace(log_partition_PS=targets.log_partition_PS[:, columns])
+            parts.append((targets, row.tokens.carries_loss_P[: prefix.positions]))
+        forced_ids = source.texts[0].stores[teacher].manifest["forced_ids"]
+        found.append(WeightedTargets(weight, sparse_targets(parts, forced_ids, len(source.temperatures))))
+    return tuple(found)
 
 
 def sparse_targets(

@@ -115,6 +115,13 @@ class Engine:
         norm = engine.get_global_grad_norm() if tells_norm else own_norm
         return terms, float(norm) if norm is not None else float("nan")
 
+    def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
+        """Sums of numbers that every rank has its own of; every rank calls this."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(totals)
+        sums: list[float] = totals.tolist()
+        return sums
+
     def predict(self, micro_batches: Iterable[Any], use: Callable[[Any, Any], Tensor]) -> Tensor:
         """Sum over ranks and micro-batches of ``use(batch, predictions)``."""
         self.engine.eval()

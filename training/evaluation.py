@@ -1,4 +1,4 @@
-"""Held-out figures: loss, perplexity, calibration, agreement with the teacher; the teacher's own from its labels."""
+"""Held-out figures, of all rows and by length: loss, perplexity, KL to the teacher, agreement, calibration."""
 
 import math
 from collections.abc import Sequence
@@ -8,50 +8,77 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from logit_store import LogitStore, TokenStore
 from training.batches import Prefix
 from training.data import MicroBatch, collate, rank_batches
 from training.losses import SparseTargets
+from training.source import Source
 from training.student import Predictions
 
 NUM_BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""
+NUM_BUCKETS = 32
+"""Rows are told apart by length: bucket b holds those of 2^(b−1) + 1 to 2^b positions."""
+Figures = dict[str, Any]
+"""Numbers by name, and under ``by_length`` the same again for each bucket (`"33-64"`) that has rows."""
 
 
-def held_out_prefixes(store: LogitStore | TokenStore, max_rows: int | None) -> list[Prefix]:
-    """The first ``max_rows`` held-out rows that have a position, each whole."""
-    rows = [int(row) for row in store.rows("held_out") if store.lengths_N[row] > 1]
-    return [Prefix(row, int(store.lengths_N[row]) - 1) for row in rows[:max_rows]]
+def held_out_prefixes(source: Source, max_rows: int | None) -> list[Prefix]:
+    """The first ``max_rows`` held-out rows of each text that have a position, each whole."""
+    rows, lengths_N = source.rows("held_out"), source.lengths_N
+    rows = rows[lengths_N[rows] > 1]
+    of_texts = np.split(rows, np.searchsorted(rows, source.starts[1:-1]))
+    return [Prefix(row, int(lengths_N[row]) - 1) for text in of_texts for row in text[:max_rows].tolist()]
 
 
-def evaluate(engine: Any, store: LogitStore | TokenStore, prefixes: Sequence[Prefix], micro_batch_tokens: int,
-             rank: int) -> dict[str, float]:  # fmt: skip
+def evaluate(engine: Any, source: Source, prefixes: Sequence[Prefix], micro_batch_tokens: int, rank: int) -> Figures:
     """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
-    batches = rank_batches(store, prefixes, engine.world_size, rank, micro_batch_tokens)
+    batches = rank_batches(source, prefixes, engine.world_size, rank, micro_batch_tokens)
     return figures(engine.predict(batches, tally).cpu().numpy())
 
 
-def teacher_figures(store: LogitStore, prefixes: Sequence[Prefix]) -> dict[str, float]:
-    """The teacher's own figures on the same rows, from its stored labels."""
-    total = np.zeros(3 + 3 * NUM_BINS)
+def teacher_figures(source: Source, prefixes: Sequence[Prefix]) -> Figures:
+    """The teachers' own figures on the same rows, from their stored labels; of several, the weighted mean."""
+    total = np.zeros((NUM_BUCKETS, NUM_COLUMNS))
     for prefix in prefixes:
-        batch = collate(store, [prefix])
-        labels = batch.targets[0].targets
-        top_ids_P, top_logprobs_P = top_of_heads(labels)
-        predictions = Predictions(-labels.next_logprob_N, top_ids_P, top_logprobs_P.exp())
-        total += _tally(predictions, batch.next_ids_N, top_ids_P).numpy()
+        batch = collate(source, [prefix])
+        for weight, targets in batch.targets:
+            top_N, top_logprob_N = top_of_heads(targets)
+            none_N = torch.zeros_like(top_logprob_N)
+            own = Predictions(-targets.next_logprob_N, none_N, top_N, top_logprob_N.exp())
+            total += weight * tally(batch, own).numpy()
     found = figures(total)
-    if store.manifest["k"] == 0:  # draws do not tell what is most probable
+    if not all(store.manifest["k"] for store in source.stores):  # draws do not tell what is most probable
         found |= dict.fromkeys(("accuracy", "calibration_error", "agreement"), math.nan)
     return found
 
 
 def tally(batch: MicroBatch, predictions: Predictions) -> Tensor:
-    """Sums of a micro-batch, float64: positions, loss, agreements, and per bin count, confidence, hits."""
-    teacher_top_N = None
-    if batch.targets and batch.targets[0].targets.head_ids_NK.shape[1]:
-        teacher_top_N, _ = top_of_heads(batch.targets[0].targets)
-    return _tally(predictions, batch.next_ids_N, teacher_top_N)
+    """Sums of a micro-batch by bucket, [NUM_BUCKETS, NUM_COLUMNS] float64.
+
+    Columns: positions, loss, KL, agreements; then count, confidence and hits of each confidence bin.
+    """
+    confidence_N = predictions.top_probability_N.double()
+    hit_N = (predictions.top_id_N == batch.next_ids_N).double()
+    agree_N = torch.zeros_like(hit_N) if batch.targets else torch.full_like(hit_N, math.nan)
+    for weight, targets in batch.targets:
+        top_N, _ = top_of_heads(targets)
+        agree_N += weight * (predictions.top_id_N == top_N) if targets.head_ids_NK.shape[1] else math.nan
+    one_N = torch.ones_like(hit_N)
+    bin_N = (confidence_N * NUM_BINS).long().clamp(0, NUM_BINS - 1)
+    in_bin_NB = torch.nn.functional.one_hot(bin_N, NUM_BINS).double()
+    by_bin = [in_bin_NB * values_N[:, None] for values_N in (one_N, confidence_N, hit_N)]
+    plain = [v[:, None] for v in (one_N, predictions.ce_N.double(), predictions.kl_N.double(), agree_N)]
+    sums = torch.zeros(NUM_BUCKETS, NUM_COLUMNS, dtype=torch.float64, device=hit_N.device)
+    return sums.index_add(0, _bucket_N(batch), torch.cat([*plain, *by_bin], 1))
+
+
+NUM_COLUMNS = 4 + 3 * NUM_BINS
+
+
+def _bucket_N(batch: MicroBatch) -> Tensor:
+    """The bucket of each valid position's row: the bits of its length less one."""
+    bits_B = torch.frexp((batch.lengths_B - 1).double())[1].long()
+    return bits_B[:, None].expand_as(batch.valid_BL)[batch.valid_BL]
 
 
 def top_of_heads(targets: SparseTargets) -> tuple[Tensor, Tensor]:
@@ -63,27 +90,26 @@ def top_of_heads(targets: SparseTargets) -> tuple[Tensor, Tensor]:
     return ids_NK.gather(-1, top_N1)[:, 0], targets.head_logprobs_NK.gather(-1, top_N1)[:, 0]
 
 
-def _tally(predictions: Predictions, next_ids_N: Tensor, teacher_top_N: Tensor | None) -> Tensor:
-    confidence_N = predictions.top_probability_N.double()
-    hit_N = (predictions.top_id_N == next_ids_N).double()
-    agree_N = (predictions.top_id_N == teacher_top_N).double() if teacher_top_N is not None else hit_N * math.nan
-    bin_N = (confidence_N * NUM_BINS).long().clamp(0, NUM_BINS - 1)
-    counts = torch.tensor([len(next_ids_N)], dtype=torch.float64, device=hit_N.device)
-    sums = [counts, predictions.ce_N.double().sum()[None], agree_N.sum()[None]]
-    for values_N in (torch.ones_like(hit_N), confidence_N, hit_N):
-        sums.append(torch.zeros(NUM_BINS, dtype=torch.float64, device=hit_N.device).index_add(0, bin_N, values_N))
-    return torch.cat(sums)
+def figures(total: np.ndarray) -> Figures:
+    """Figures from summed tallies. ``agreement`` and ``kl`` are NaN without a teacher."""
+    by_length = {_span(b): _figures(sums) for b, sums in enumerate(total) if sums[0] > 0}
+    return {**_figures(total.sum(0)), "by_length": by_length}
 
 
-def figures(total: np.ndarray) -> dict[str, float]:
-    """Figures from summed tallies. ``agreement`` is NaN without a teacher."""
-    positions, loss, agreements = total[:3]
-    count, confidence, hits = total[3:].reshape(3, NUM_BINS)
+def _figures(sums: np.ndarray) -> dict[str, float]:
+    positions, loss, kl, agreements = sums[:4].tolist()
+    count, confidence, hits = sums[4:].reshape(3, NUM_BINS)
     return {
-        "positions": float(positions),
-        "loss": float(loss / positions),
+        "positions": positions,
+        "loss": loss / positions,
         "perplexity": float(np.exp(loss / positions)),
+        "kl": kl / positions,
         "accuracy": float(hits.sum() / count.sum()),
         "calibration_error": float(np.abs(hits - confidence).sum() / count.sum()),
-        "agreement": float(agreements / positions),
+        "agreement": agreements / positions,
     }
+
+
+def _span(bucket: int) -> str:
+    first, last = 2**bucket // 2 + 1, 2**bucket
+    return str(last) if first >= last else f"{first}-{last}"

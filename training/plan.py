@@ -1,12 +1,13 @@
 """The batch plan of a run, and whether its data is enough for its curriculum: looked at before anything is trained."""
 
 import os
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from logit_store import LogitStore, TokenStore
+from logit_store import LogitStore
 from logit_store.errors import ConfigError, StoreError
 from logit_store.identity import digest_json
 from training.batches import BatchPlan
@@ -15,40 +16,47 @@ from training.curriculum import Curriculum
 from training.cuts import cut_of, plain_cut
 from training.difficulty import easiest_percent, row_difficulties
 from training.schedules import difficulty
+from training.source import Source
 
 NUM_PROBES = 1000
 """Times of a run at which its curricula are tried: a schedule that is wrong is wrong for longer than 1/1000 of it."""
 
 
-def make_plan(config: TrainConfig, store: LogitStore | TokenStore) -> BatchPlan:
-    """The batch plan of the store's training rows.
+def make_plan(config: TrainConfig, source: Source) -> BatchPlan:
+    """The batch plan of the source's training rows.
 
     Raises StoreError: there are no rows to train on, or none that carries loss; ConfigError: the curriculum, the steps
     or the ranks do not fit the data.
     """
-    rows_N = store.rows("train")
-    rows_N = rows_N[store.lengths_N[rows_N] > 1]
+    rows_N = source.rows("train")
+    rows_N = rows_N[source.lengths_N[rows_N] > 1]
     if not len(rows_N):
-        raise StoreError(f"{config.data.store} has no rows to train on: all are held out, or of one token")
-    lengths_N, lengths = store.lengths_N[rows_N], config.curriculum
+        raise StoreError(f"{source.name} has no rows to train on: all are held out, or of one token")
+    lengths_N, lengths = source.lengths_N[rows_N], config.curriculum
     if lengths is not None and lengths.max_difficulty > lengths_N.max():
         raise ConfigError(
             f"curriculum.max_difficulty {lengths.max_difficulty} is longer than the data: the longest row of "
-            f"{config.data.store} has {lengths_N.max()} tokens. Choose at most that, or tokenize with a longer "
+            f"{source.name} has {lengths_N.max()} tokens. Choose at most that, or tokenize with a longer "
             "tokens.window"
         )
+    is_mixture = len(source.texts) > 1
+    if is_mixture:
+        _check_mixture(config)
     plan = BatchPlan(
         rows_N,
         lengths_N,
         config.schedule.tokens_per_step,
         config.run.seed,
         Curriculum(lengths, config.row_curriculum),
-        cut_of(store, lengths.boundary if lengths else "token"),
-        _percents(config, store, rows_N),
+        cut_of(source, lengths.boundary if lengths else "token"),
+        _percents(config, source, rows_N),
+        partial(source.order, config.run.seed) if is_mixture else None,
     )
+    if is_mixture:
+        source.check_shares(plan.rows_N, plan.positions_N)
     _check_curriculum(plan, config.schedule.total_tokens)
     _check_steps(plan, config)
-    _check_loss_masks(plan, config)
+    _check_loss_masks(plan, config, source)
     return plan
 
 
@@ -79,17 +87,28 @@ def custom_identity(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def _percents(
-    config: TrainConfig, store: LogitStore | TokenStore, rows_N: NDArray[np.int64]
-) -> NDArray[np.float64] | None:
+def _check_mixture(config: TrainConfig) -> None:
+    if config.row_curriculum is not None or (config.curriculum and config.curriculum.mode == "bucket"):
+        raise ConfigError(
+            "data.mixture draws rows by its weights, and row_curriculum and curriculum.mode=bucket by theirs: give one "
+            "store, or leave these out"
+        )
+
+
+def _percents(config: TrainConfig, source: Source, rows_N: NDArray[np.int64]) -> NDArray[np.float64] | None:
+    """Of several teachers, by the weighted mean of what they find difficult."""
     if config.row_curriculum is None:
         return None
-    if not isinstance(store, LogitStore):
-        raise ConfigError(
-            f"row_curriculum needs a teacher's labels, and {config.data.store} holds tokens alone: leave it out, or "
-            "give a logit store (loss.alpha=0 may stay)"
-        )
-    return easiest_percent(row_difficulties(store, rows_N, config.row_curriculum.metric))
+    (text,) = source.texts
+    difficulty_N = np.zeros(len(rows_N))
+    for store, weight in zip(text.stores, text.store_weights, strict=True):
+        if not isinstance(store, LogitStore):
+            raise ConfigError(
+                f"row_curriculum needs a teacher's labels, and {store.storage.url} holds tokens alone: leave it out, "
+                "or give a logit store (loss.alpha=0 may stay)"
+            )
+        difficulty_N += weight * row_difficulties(store, rows_N, config.row_curriculum.metric)
+    return easiest_percent(difficulty_N)
 
 
 def _probes(total_tokens: int) -> list[int]:
@@ -137,7 +156,7 @@ def _check_steps(plan: BatchPlan, config: TrainConfig) -> None:
         )
 
 
-def _check_loss_masks(plan: BatchPlan, config: TrainConfig) -> None:
+def _check_loss_masks(plan: BatchPlan, config: TrainConfig, source: Source) -> None:
     """Refuse a store in which nothing carries loss. Only rows of shards with loss masks are read, up to the first."""
     if plan.cut is plain_cut:
         return
@@ -147,6 +166,6 @@ def _check_loss_masks(plan: BatchPlan, config: TrainConfig) -> None:
         if plan.cut(int(plan.rows_N[i]), min(length, int(plan.positions_N[i])))[1]:
             return
     raise StoreError(
-        f"{config.data.store}: no position carries loss within the first {length} of any row: its loss masks are "
+        f"{source.name}: no position carries loss within the first {length} of any row: its loss masks are "
         "empty there. Raise curriculum.min_difficulty, or tokenize with other loss masks"
     )

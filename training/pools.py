@@ -3,7 +3,7 @@
 Shapes: N rows, B buckets of length, C classes of easiness; a pool is a pair of bucket and class.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,8 +12,13 @@ from numpy.typing import NDArray
 class Pools:
     """The rows of a run by pool. All state is ``spent_BC``, how many rows of each pool are used up since the start."""
 
-    def __init__(self, bucket_N: NDArray[np.int64], class_N: NDArray[np.int64], seed: int, parts: int) -> None:
-        """``parts``: in how many rounds an epoch is spent. A row's number here is its place in the arrays."""
+    def __init__(self, bucket_N: NDArray[np.int64], class_N: NDArray[np.int64], seed: int, parts: int,
+                 order: Callable[[int], NDArray[np.int64]] | None = None) -> None:  # fmt: skip
+        """``parts``: in how many rounds an epoch is spent. A row's number here is its place in the arrays.
+
+        ``order``, where there is one pool alone: the rows that an epoch takes, as many as there are.
+        """
+        self._order = order
         self.seed, self.parts = seed, parts
         self.shape = (int(bucket_N.max(initial=0)) + 1, int(class_N.max(initial=0)) + 1)
         self.pool_N = pool_N = np.ravel_multi_index((bucket_N, class_N), self.shape)
@@ -28,10 +33,14 @@ class Pools:
         size = int(self.sizes_BC[pool])
         epoch, place = divmod(place, size)
         if self._orders.get(pool, (-1,))[0] != epoch:
-            entropy = [self.seed, epoch, int(np.ravel_multi_index(pool, self.shape))]
-            generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
-            self._orders[pool] = (epoch, generator.permutation(size))
+            order = self._shuffled(pool, epoch) if self._order is None else self._order(epoch)
+            self._orders[pool] = (epoch, order)
         return int(self._rows_N[self._starts_BC[pool] + self._orders[pool][1][place]])
+
+    def _shuffled(self, pool: tuple[int, int], epoch: int) -> NDArray[np.int64]:
+        entropy = [self.seed, epoch, int(np.ravel_multi_index(pool, self.shape))]
+        generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(entropy)))
+        return generator.permutation(int(self.sizes_BC[pool]))
 
     def left(self, spent_BC: NDArray[np.int64], open_BC: NDArray[np.bool_]) -> NDArray[np.int64]:
         """Rows of each open pool that are to be spent before any open pool begins another round.

@@ -2,8 +2,8 @@
 
 from typing import Any, NamedTuple
 
-from logit_store import LogitStore, TokenStore, open_store
 from logit_store.errors import StoreError
+from training.attention import check_attention
 from training.batches import BatchPlan, Prefix
 from training.check_loss import check_loss
 from training.config import TrainConfig
@@ -11,13 +11,15 @@ from training.engine import deepspeed_config
 from training.evaluation import held_out_prefixes
 from training.models import check_architecture, check_tokenizer
 from training.plan import custom_identity, make_plan, plan_warnings
+from training.source import Source, open_source
+from training.trackers import check_trackers
 
 
 class Prepared(NamedTuple):
     """A run whose inputs have been looked at: nothing in it can be wrong any more that costs no model to see."""
 
     config: TrainConfig
-    store: LogitStore | TokenStore
+    source: Source
     plan: BatchPlan
     held_out: list[Prefix]
     longest: int
@@ -31,18 +33,19 @@ def prepare(config: TrainConfig) -> Prepared:
 
     Raises ConfigError, StoreError, StudentError.
     """
-    store = open_store(config.data.store)
-    warnings = check_loss(config, store)
+    source = open_source(config.data)
+    warnings = [warning for store in source.stores for warning in check_loss(config.loss, store, source.temperatures)]
     engine_config = deepspeed_config(config)
-    plan = make_plan(config, store)
-    held_out = held_out_prefixes(store, config.evaluation.max_rows)
+    check_attention(config.student, engine_config)
+    check_trackers(config.watch)
+    plan = make_plan(config, source)
+    held_out = held_out_prefixes(source, config.evaluation.max_rows)
     if not held_out:
-        raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
+        raise StoreError(f"{source.name} has no held-out rows: tokenize with a larger tokens.held_out")
     check_architecture(config.student)
-    differing = check_tokenizer(config.student, store.manifest)
+    differing = check_tokenizer(config.student, source.manifest)
     warnings += [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
-    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}
-    warnings += plan_warnings(plan, config, len(store.rows("train")))
-    identity |= custom_identity(config)
+    warnings += plan_warnings(plan, config, len(source.rows("train")))
+    identity = source.identity() | custom_identity(config)
     identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
-    return Prepared(config, store, plan, held_out, plan.longest, identity, engine_config, warnings)
+    return Prepared(config, source, plan, held_out, plan.longest, identity, engine_config, warnings)

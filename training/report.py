@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from logit_store import LogitStore, open_store
 from logit_store.errors import StudentError
 from logit_store.tools.summary import summarize
-from training.evaluation import held_out_prefixes, teacher_figures
+from training.config import DataConfig
+from training.evaluation import Figures, held_out_prefixes, teacher_figures
 from training.run_folder import CONFIG, RunFolder, writing
+from training.source import open_source
 
 
 class Run(NamedTuple):
@@ -38,11 +39,11 @@ def report(paths: Sequence[str], out: str | None) -> Path:
     runs = sorted((_load(path) for path in paths), key=lambda run: (run.result["parameters"], -run.alpha))
     _check_comparable(runs)
     labelled = [run for run in runs if run.config["identity"]["labels_id"]] or runs
-    store = open_store(labelled[0].config["data"]["store"])
-    summary = summarize(store)
+    source = open_source(DataConfig.model_validate(labelled[0].config["data"]))
+    summaries = [summarize(store) for store in source.stores]
     teacher = None
-    if isinstance(store, LogitStore):
-        teacher = teacher_figures(store, held_out_prefixes(store, runs[0].config["evaluation"]["max_rows"]))
+    if source.has_labels:
+        teacher = teacher_figures(source, held_out_prefixes(source, runs[0].config["evaluation"]["max_rows"]))
     rows = table_rows(runs, teacher)
     plots = draw_plots(runs, teacher)
     folder = Path(out) if out is not None else runs[0].path.parent.parent / "report"
@@ -52,10 +53,11 @@ def report(paths: Sequence[str], out: str | None) -> Path:
         for name, png in plots.items():
             (folder / f"{name}.png").write_bytes(png)
         (folder / "table.md").write_text(markdown_table(rows), encoding="utf-8")
-        page.write_text(_render(rows, plots, summary, runs), encoding="utf-8")
+        page.write_text(_render(rows, plots, summaries, runs, teacher), encoding="utf-8")
     _print_table(rows)
-    print(f"store: {summary['bytes'] / 1e6:,.1f} MB, {summary['bytes_per_position']:.1f} bytes per position", end="")
-    print(f", kept mass {summary['kept_mass']:.4f}" if isinstance(store, LogitStore) else "")
+    for store in summaries:
+        print(f"store: {store['bytes'] / 1e6:,.1f} MB, {store['bytes_per_position']:.1f} bytes per position", end="")
+        print(f", kept mass {store['kept_mass']:.4f}" if "kept_mass" in store else "")
     print(f"report: {page}")
     return page
 
@@ -68,6 +70,7 @@ COLUMNS = (
     "held-out loss",
     "perplexity",
     "gap to teacher",
+    "KL to teacher",
     "gain over CE twin",
     "calibration error",
     "agreement with teacher",
@@ -75,7 +78,7 @@ COLUMNS = (
 )
 
 
-def table_rows(runs: Sequence[Run], teacher: dict[str, float] | None) -> list[dict[str, str]]:
+def table_rows(runs: Sequence[Run], teacher: Figures | None) -> list[dict[str, str]]:
     """One row of text per model, the teacher first. The gain is the twin's held-out loss minus the run's own."""
     rows = []
     if teacher is not None:
@@ -100,8 +103,8 @@ def table_rows(runs: Sequence[Run], teacher: dict[str, float] | None) -> list[di
     return rows
 
 
-def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_out: dict[str, float],
-         teacher: dict[str, float] | None, gain: float | None, rate: float | None) -> dict[str, str]:  # fmt: skip
+def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_out: Figures,
+         teacher: Figures | None, gain: float | None, rate: float | None) -> dict[str, str]:  # fmt: skip
     def number(value: float | None, pattern: str) -> str:
         return "" if value is None or value != value else format(value, pattern)
 
@@ -113,6 +116,7 @@ def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_
         number(held_out["loss"], ".4f"),
         number(held_out["perplexity"], ".1f"),
         number(held_out["loss"] - teacher["loss"] if teacher else None, "+.4f"),
+        number(held_out.get("kl"), ".4f"),
         number(gain, "+.4f"),
         number(held_out["calibration_error"], ".2%"),
         number(held_out["agreement"], ".1%"),
@@ -123,10 +127,12 @@ def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_
 
 def _is_twin(run: Run, other: Run) -> bool:
     """Whether ``other`` is ``run`` with cross-entropy alone: same student, seed, batches and schedule."""
-    same = ("student", "schedule", "curriculum", "optimizer", "data")
+    same = ("student", "schedule", "curriculum", "optimizer")
+    origin = ("store", "teachers", "mixture")
     return (
         run.alpha > 0 == other.alpha
         and all(run.config[section] == other.config[section] for section in same)
+        and all(run.config["data"].get(key) == other.config["data"].get(key) for key in origin)
         and run.config["run"]["seed"] == other.config["run"]["seed"]
     )
 
@@ -137,8 +143,8 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def draw_plots(runs: Sequence[Run], teacher: dict[str, float] | None) -> dict[str, bytes]:
-    """PNG bytes by name: loss over tokens, sequence length over steps, held-out loss over student size."""
+def draw_plots(runs: Sequence[Run], teacher: Figures | None) -> dict[str, bytes]:
+    """PNG bytes by name: loss and held-out KL over tokens, lengths over steps, held-out loss over size."""
     from matplotlib.figure import Figure
 
     figures = {}
@@ -153,6 +159,13 @@ def draw_plots(runs: Sequence[Run], teacher: dict[str, float] | None) -> dict[st
 
     loss = axes("loss", "Cross-entropy on the training batches", "tokens seen", "nats per token")
     length = axes("sequence_length", "Length curriculum", "step", "positions per sequence")
+    if teacher is not None:
+        kl = axes("kl", "KL to the teacher on held-out rows", "tokens seen", "nats per token")
+        for run in runs:
+            seen = [(m["tokens_seen"], m["held_out"]["kl"]) for m in run.metrics if "kl" in m.get("held_out", {})]
+            style = "s--" if run.alpha == 0 else "o-"
+            kl.plot([x for x, _ in seen], [y for _, y in seen], style, color=colours[run.result["parameters"]],
+                    label=run.name, lw=1.2, ms=3)  # fmt: skip
     for run in runs:
         steps = [line for line in run.metrics if "ce" in line]
         style = "--" if run.alpha == 0 else "-"
@@ -216,14 +229,35 @@ def _check_comparable(runs: Sequence[Run]) -> None:
         raise StudentError(f"runs {', '.join(rows.values())} differ in evaluation.max_rows and cannot be compared")
 
 
-def _render(rows: list[dict[str, str]], plots: dict[str, bytes], store: dict[str, Any], runs: Sequence[Run]) -> str:
+LENGTH_FIGURES = {"loss": ".4f", "kl": ".4f", "agreement": ".1%", "calibration_error": ".2%"}
+
+
+def length_rows(runs: Sequence[Run], teacher: Figures | None) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the table by length: for each model and figure, its value in every bucket of held-out rows."""
+    shown = [("teacher", teacher)] if teacher is not None else []
+    shown += [(run.name, run.result["held_out"]) for run in runs if "by_length" in run.result["held_out"]]
+    spans = list(shown[0][1]["by_length"]) if shown else []
+    rows = []
+    for name, figures in shown:
+        for figure, pattern in LENGTH_FIGURES.items():
+            values = [figures["by_length"][span][figure] for span in spans]
+            if not any(value != value for value in values):  # NaN: there is no teacher
+                rows.append([name, figure.replace("_", " "), *(format(value, pattern) for value in values)])
+    return ["model", "figure", *spans], rows
+
+
+def _render(rows: list[dict[str, str]], plots: dict[str, bytes], stores: Sequence[dict[str, Any]],
+            runs: Sequence[Run], teacher: Figures | None) -> str:  # fmt: skip
     from jinja2 import Environment
 
     template = Environment(autoescape=True).from_string((Path(__file__).parent / "report.html").read_text())
     images = {name: base64.b64encode(png).decode() for name, png in plots.items()}
     configs = {run.name: yaml.safe_dump(run.config, sort_keys=False) for run in runs}
-    shown = {key: value for key, value in store.items() if not isinstance(value, dict)}
-    return template.render(columns=COLUMNS, rows=rows, images=images, store=shown, configs=configs)
+    shown = [{key: value for key, value in store.items() if not isinstance(value, dict)} for store in stores]
+    header, by_length = length_rows(runs, teacher)
+    return template.render(
+        columns=COLUMNS, rows=rows, images=images, stores=shown, configs=configs, spans=header, by_length=by_length
+    )
 
 
 def _print_table(rows: list[dict[str, str]]) -> None:

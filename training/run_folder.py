@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,10 @@ import yaml
 from logit_store.config import dump_config
 from logit_store.errors import IdentityError, StudentError
 from logit_store.identity import require_equal
-from training.config import TrainConfig
+from training.config import DataConfig, TrainConfig
 
 CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.json", "result.json"
+TRACKERS = "trackers.json"
 LOCK = ".lock"
 
 
@@ -113,6 +114,14 @@ class RunFolder:
         kept = [line for line in lines if _step_of(line) <= step]
         self._replace(METRICS, "".join(line + "\n" for line in kept))
 
+    def tracker_id(self, tracker: str, new: Callable[[], str]) -> str:
+        """The id under which a tracker knows this run: from ``new`` once, and the same for every resumed run."""
+        ids = self._read(TRACKERS) or {}
+        if tracker not in ids:
+            ids[tracker] = new()
+            self._replace(TRACKERS, json.dumps(ids))
+        return str(ids[tracker])
+
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name
         return json.loads(path.read_text()) if path.exists() else None
@@ -134,9 +143,9 @@ def _decisive(document: dict[str, Any]) -> dict[str, Any]:
     """The parts that decide the run's numbers, flat; where it lives and how it is launched do not."""
     flat: dict[str, Any] = {}
     for section, value in document.items():
-        if section not in ("launcher", "checkpoint", "deepspeed"):  # the JSON's content is in the identity
+        if section not in ("launcher", "checkpoint", "deepspeed", "watch"):  # the JSON's content is in the identity
             flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    for place in ("run.path", "data.store"):
+    for place in ("run.path", *(f"data.{key}" for key in DataConfig.model_fields)):  # stores are in it as well
         flat.pop(place, None)
     return flat
 

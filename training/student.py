@@ -2,15 +2,16 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from training.attention import flatten
 from training.config import LossConfig
 from training.data import MicroBatch
 from training.head import OutputHead
-from training.losses import LossSums, Objective, linear_losses
+from training.losses import LossSums, Objective, WeightedTargets, linear_losses, soft_losses
 from training.losses.fused import default_chunk
 from training.mixing import Mixing
 
@@ -19,6 +20,9 @@ class Predictions(NamedTuple):
     """What evaluation needs of N positions."""
 
     ce_N: Tensor
+    kl_N: Tensor
+    """KL(teacher ‖ student) with the tail as the run's loss treats it, at T = 1 (draws: at theirs); NaN where there is
+    nothing to tell it from."""
     top_id_N: Tensor
     top_probability_N: Tensor
 
@@ -26,9 +30,13 @@ class Predictions(NamedTuple):
 class Student(nn.Module):
     """A model and its loss. ``forward`` gives loss sums: inside one module, ZeRO-3 gathers the head for it."""
 
-    def __init__(self, model: Any, vocabulary_size: int, loss: LossConfig, stored: Sequence[float] = ()) -> None:
+    def __init__(
+        self, model: Any, vocabulary_size: int, loss: LossConfig, stored: Sequence[float] = (),
+        attention: Literal["padded", "varlen"] = "padded",
+    ) -> None:  # fmt: skip
         """``stored`` are the temperatures that the labels' log-partitions are of. Raises StudentError."""
         super().__init__()
+        self.attention = attention
         self.model = model
         self.mixing = Mixing(loss)
         self.head = OutputHead(model)
@@ -36,17 +44,23 @@ class Student(nn.Module):
             vocabulary_size, tail=loss.tail, divergence=loss.divergence, beta=loss.beta, z_loss=loss.z_loss,
             stored=tuple(stored),
         )  # fmt: skip
+        served = loss.temperature if loss.tail == "sampled" else 1.0
+        self.measure = self.objective._replace(divergence="forward_kl", temperature=served)
         self.chunk = loss.chunk_positions
 
     def forward(self, batch: MicroBatch) -> LossSums | Predictions:
         """Loss sums of a micro-batch; its predictions in eval mode."""
         hidden_ND = self._hidden(batch)
         if not self.training:
-            return Predictions(*self.head.apply(partial(self._predictions, batch.next_ids_N), hidden_ND))
+            return Predictions(*self.head.apply(partial(self._predictions, batch), hidden_ND))
         objective = self.objective._replace(alpha=self.mixing.alpha, temperature=self.mixing())
         return LossSums.of(self.head.apply(partial(self._losses, batch, objective), hidden_ND))
 
     def _hidden(self, batch: MicroBatch) -> Tensor:
+        """States of the valid positions. No sequence sees another, nor its padding."""
+        if self.attention == "varlen":
+            flat = flatten(batch)
+            return self.model.get_decoder()(**flat.arguments(), use_cache=False).last_hidden_state[0][flat.valid_S]
         output = self.model.get_decoder()(input_ids=batch.input_ids_BL, use_cache=False)
         return output.last_hidden_state[batch.valid_BL]
 
@@ -57,15 +71,21 @@ class Student(nn.Module):
         return linear_losses(hidden_ND, weight_WD, bias_W, finish, ids_N, batch.targets, objective, self.chunk)
 
     def _predictions(
-        self, next_ids_N: Tensor, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None
+        self, batch: MicroBatch, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None
     ) -> tuple[Tensor, ...]:
-        chunk = self.chunk or default_chunk(weight_WD)
-        chunks = zip(hidden_ND.split(chunk), next_ids_N.split(chunk), strict=True)
-        parts = [self._predict(nn.functional.linear(hidden, weight_WD, bias_W), ids) for hidden, ids in chunks]
+        chunk, parts = self.chunk or default_chunk(weight_WD), []
+        for start in range(0, max(len(hidden_ND), 1), chunk):  # once at least, for columns of no positions
+            at = slice(start, start + chunk)
+            logits_CW = self.head.finish(nn.functional.linear(hidden_ND[at], weight_WD, bias_W).float())
+            teachers = [WeightedTargets(weight, targets.part(at)) for weight, targets in batch.targets]
+            parts.append(self._predict(logits_CW, batch.next_ids_N[at], teachers))
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
 
-    def _predict(self, logits_NW: Tensor, next_ids_N: Tensor) -> Predictions:
-        logits_NW = self.head.finish(logits_NW.float())
-        log_q_NV = logits_NW[:, : self.objective.vocabulary_size].log_softmax(-1)
-        top_N, ids_N = log_q_NV.max(-1)
-        return Predictions(-log_q_NV.gather(-1, next_ids_N[:, None])[:, 0], ids_N, top_N.exp())
+    def _predict(self, logits_CW: Tensor, next_ids_C: Tensor, teachers: Sequence[WeightedTargets]) -> Predictions:
+        log_q_CV = logits_CW[:, : self.objective.vocabulary_size].log_softmax(-1)
+        top_C, ids_C = log_q_CV.max(-1)
+        kl_C = torch.zeros_like(top_C) if teachers else torch.full_like(top_C, torch.nan)
+        for weight, targets in teachers:
+            tells = self.measure.tail == "sampled" or targets.head_ids_NK.shape[1] > 0
+            kl_C += weight * soft_losses(logits_CW, next_ids_C, targets, self.measure) if tells else torch.nan
+        return Predictions(-log_q_CV.gather(-1, next_ids_C[:, None])[:, 0], kl_C, ids_C, top_C.exp())

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 
 from logit_store.errors import StudentError
-from training.batches import Cursor, micro_batches, padding_share
+from training.batches import Cursor
 from training.config import TrainConfig
-from training.data import rank_batches
 from training.engine import Engine, init_process_group
-from training.evaluation import evaluate
+from training.evaluation import Figures, evaluate
+from training.feed import Feed
+from training.flops import ModelFlops, model_flops
 from training.models import build_student, save_tokenizer
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder, writing
@@ -29,28 +30,28 @@ def train(config: TrainConfig) -> None:
     run.check(config, prepared.identity)
     if run.result() is not None:
         return
-    vocabulary_size = int(prepared.store.manifest["vocabulary_size"])
+    vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
     longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
     model = build_student(config.student, vocabulary_size, longest, config.run.seed)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    num_parameters, flops = sum(p.numel() for p in model.parameters()), model_flops(model)
     init_process_group()
     rank = torch.distributed.get_rank()
-    stored = prepared.store.manifest.get("temperatures", [])
-    engine = Engine(Student(model, vocabulary_size, config.loss, stored), prepared.engine_config)
+    student = Student(model, vocabulary_size, config.loss, prepared.source.temperatures, config.student.attention)
+    if config.student.attention == "varlen":  # only now: it runs on GPUs alone, and heads are probed anywhere
+        model.set_attn_implementation("flash_attention_2")
+    engine = Engine(student, prepared.engine_config)
     if rank == 0:
         run.begin(config, prepared.identity)
-    cursor = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank)
-    figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
+    cursor, figures = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank, flops)
     with engine.whole_weights():
         if rank == 0:
             with writing(run.model):
                 engine.module.model.save_pretrained(run.model)
-                save_tokenizer(prepared.store.files(), run.model)
+                save_tokenizer(prepared.source.files(), run.model)
     if rank == 0:
         seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
         progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
         rate = cursor.tokens_seen / seconds
-        run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
         run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
@@ -72,36 +73,43 @@ def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
     return cursor
 
 
-def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int) -> Cursor:
-    config, schedule = prepared.config, prepared.config.schedule
+def _train_steps(
+    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int, flops: ModelFlops
+) -> tuple[Cursor, Figures]:
+    """Step until the tokens are spent: where the run stands then, and its last held-out figures."""
+    config, schedule, source = prepared.config, prepared.config.schedule, prepared.source
     engine.module.train()
-    with Watcher(run, config, cursor, rank) as watch:
+    mixing = engine.module.mixing
+    with (
+        Watcher(run, config, cursor, rank, flops, engine) as watch,
+        Feed(config, source, prepared.plan, engine.world_size, rank) as feed,
+    ):
         while cursor.tokens_seen < schedule.total_tokens:
             before = cursor
-            prefixes, length, cursor = prepared.plan.next(cursor)
-            budget, mixing = schedule.micro_batch_tokens, engine.module.mixing
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, length))
+            step = feed.next(cursor)
+            cursor = step.cursor
             mixing.tokens_seen = before.tokens_seen
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
-            terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
-            terms |= {"alpha": mixing.alpha, "temperature": mixing.last_temperature}
+            terms, norm = engine.step(step.batches, cursor.tokens_seen - before.tokens_seen, rate)
             if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
                 cursor = prepared.plan.paced(before, cursor, engine.same_on_all_ranks(norm))
-            padding = padding_share(micro_batches(prefixes, engine.world_size, budget, length), length)
-            shape = {"sequence_length": length, "padding": padding, "clock": cursor.clock}
-            watch.step(cursor, {**terms, "lr": rate, **shape, "gradient_norm": norm})
+            settings = {"lr": rate, "alpha": mixing.alpha, "temperature": mixing.last_temperature}
+            settings |= {"sequence_length": step.length, "padding": step.padding, "clock": cursor.clock}
+            watch.step(step, {**terms, **settings, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
-                rows = [prefix.row for prefix in prefixes]
+                rows = [prefix.row for prefix in step.prefixes]
                 raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
             if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
-                watch.evaluation(cursor, evaluate(engine, prepared.store, prepared.held_out, budget, rank))
+                watch.evaluation(cursor, evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank))
             if _crossed(config.checkpoint.every_tokens, before, cursor):
                 engine.save(run.checkpoints, f"step{cursor.step}")
                 if rank == 0:
                     run.point_to(f"step{cursor.step}", cursor._asdict(), engine.world_size)
-    return cursor
+        figures = evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank)
+        watch.evaluation(cursor, figures)
+    return cursor, figures
 
 
 def _crossed(every: int | None, before: Cursor, after: Cursor) -> bool:

@@ -1,26 +1,36 @@
-"""What a person sees of a run while it goes: metrics.jsonl, TensorBoard, a progress bar."""
+"""What a person sees of a run while it goes: metrics.jsonl, trackers, a progress bar. Keys: docs/training.md."""
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from training.batches import Cursor
 from training.config import TrainConfig
+from training.engine import Engine
+from training.evaluation import Figures
+from training.feed import Step
+from training.flops import ModelFlops, peak_flops
 from training.run_folder import RunFolder
+from training.trackers import open_trackers
 
 
 class Watcher:
-    """Watches on rank 0 and does nothing on others; a context that holds the bar and the TensorBoard file."""
+    """Every rank tells it of its steps, rank 0 writes; a context that holds the bar and the trackers."""
 
-    def __init__(self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int) -> None:
-        self.run, self.config, self.rank = run, config, rank
+    def __init__(
+        self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int, flops: ModelFlops, engine: Engine
+    ) -> None:
+        self.run, self.config, self.rank, self.engine, self.flops = run, config, rank, engine, flops
         self.cursor, self.time = cursor, time.monotonic()
+        peak = peak_flops(config.watch.peak_tflops, engine.device)
+        self.peak = None if peak is None else peak * engine.world_size
 
     def __enter__(self) -> "Watcher":
         if self.rank == 0:
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-            from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(str(self.run.tensorboard), purge_step=self.cursor.step + 1)
+            self.trackers = open_trackers(self.config, self.run, self.cursor.step)
             console = Console(stderr=True)
             columns = (TextColumn("train {task.description}"), BarColumn(), TextColumn("{task.fields[text]}"))
             self.bar = Progress(*columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal)
@@ -32,25 +42,37 @@ class Watcher:
     def __exit__(self, *_exception: object) -> None:
         if self.rank == 0:
             self.bar.stop()
-            self.writer.close()
+            for tracker in self.trackers:
+                tracker.close()
 
-    def step(self, cursor: Cursor, values: dict[str, float]) -> None:
-        """Note a step that ended at ``cursor``, with its rate."""
-        if self.rank == 0:
-            now, tokens = time.monotonic(), cursor.tokens_seen - self.cursor.tokens_seen
-            seconds = now - self.time
-            values = {**values, "seconds": seconds, "tokens_per_s": tokens / seconds, "epoch": cursor.epoch}
-            self.cursor, self.time = cursor, now
-            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **values})
-            for name, value in values.items():
-                self.writer.add_scalar(f"train/{name}", value, cursor.step)
-            text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  "
-            text += f"{values['tokens_per_s']:,.0f} tok/s"
-            self.bar.update(self.task, completed=cursor.tokens_seen, text=text)
+    def step(self, step: Step, values: Mapping[str, float]) -> None:
+        """Note a step that every rank has taken: ``values``, and what is counted and timed here."""
+        now, tokens = time.monotonic(), step.cursor.tokens_seen - self.cursor.tokens_seen
+        seconds = now - self.time
+        kept_mass, wait_s = self.engine.sum_over_ranks([sum(b.kept_mass() for b in step.batches), step.wait_s])
+        self.cursor, self.time = step.cursor, now
+        if self.rank != 0:
+            return
+        values = {**values, "epoch": step.cursor.epoch, "seconds": seconds, "tokens_per_s": tokens / seconds}
+        values["wait"] = wait_s / self.engine.world_size / seconds
+        if step.batches[0].targets:
+            values["kept_mass"] = kept_mass / tokens
+        if self.peak is not None:
+            values["mfu"] = self.flops.of_step(p.positions for p in step.prefixes) / seconds / self.peak
+        self._log(step.cursor, values, {f"train/{name}": value for name, value in values.items()})
+        text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  {tokens / seconds:,.0f} tok/s"
+        self.bar.update(self.task, completed=step.cursor.tokens_seen, text=text)
 
-    def evaluation(self, cursor: Cursor, figures: dict[str, float]) -> None:
-        """Note held-out figures after the step that ended at ``cursor``."""
+    def evaluation(self, cursor: Cursor, figures: Figures) -> None:
+        """Note held-out figures after the step that ended at ``cursor``. Their time is no part of any step."""
+        self.time = time.monotonic()
         if self.rank == 0:
-            self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
-            for name, value in figures.items():
-                self.writer.add_scalar(f"held_out/{name}", value, cursor.step)
+            flat = {name: value for name, value in figures.items() if name != "by_length"}
+            for span, of_span in figures["by_length"].items():
+                flat |= {f"{span}/{name}": value for name, value in of_span.items()}
+            self._log(cursor, {"held_out": figures}, {f"held_out/{name}": value for name, value in flat.items()})
+
+    def _log(self, cursor: Cursor, line: Mapping[str, Any], scalars: Mapping[str, float]) -> None:
+        self.run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, **line})
+        for tracker in self.trackers:
+            tracker.log(scalars, cursor.step)

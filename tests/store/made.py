@@ -101,7 +101,8 @@ def write_store(url: str, shards: Sequence[Sequence[LogitRow]], **changes: Any) 
     tokenizer_json = changes.pop("tokenizer_json", b"{}")
     storage = Storage(url)
     texts = [text_sha256([row.tokens for row in rows]) for rows in shards]
-    header = make_header(len(shards), text_id=text_id(TOKENIZER["vocabulary_sha256"], texts), **changes)  # type: ignore[arg-type]
+    changes = {"text_id": text_id(TOKENIZER["vocabulary_sha256"], texts), **changes}  # type: ignore[arg-type]
+    header = make_header(len(shards), **changes)
     header = writer.begin(storage, header, ["labels_id"])
     for shard, rows in enumerate(shards):
         writer.commit_logits(storage, shard, rows, header)

@@ -42,7 +42,7 @@ def train_config(store: Any, path: Path) -> TrainConfig:
 
 def steps_of(path: Path) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    return [{key: line[key] for key in line if key not in ("seconds", "tokens_per_s")} for line in lines]
+    return [{key: line[key] for key in line if key not in ("seconds", "tokens_per_s", "wait")} for line in lines]
 
 
 def run_and_stop_and_resume(store: Any, folder: Path) -> None:

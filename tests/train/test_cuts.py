@@ -15,6 +15,7 @@ from training.boundaries import Boundaries
 from training.config import CurriculumConfig, CurriculumScheduleConfig
 from training.curriculum import Curriculum
 from training.cuts import TokenCut, cut_of, plain_cut
+from training.source import Source
 
 PROSE = 'One two. Pi is 3.14 or so! See os.path? "Five." Six…\n\tSeven\n  eight (nine.) ten。十一'
 ENDS: dict[Literal["sentence", "line"], set[str]] = {
@@ -61,7 +62,7 @@ def test_a_store_tells_the_text_of_its_tokens(tokens: TokenStore) -> None:
     for i in row.tolist():
         assert boundaries.ends_V[i] == (text.data(i) or b"").rstrip(b" \t\r").endswith(b"\n")
     assert boundaries.ends_V.any()
-    cut = cut_of(tokens, "line")
+    cut = cut_of(Source.of(tokens), "line")
     longest = len(row) - 1
     assert cut(0, longest) == (longest, longest)  # a row that is not cut ends where it ends
     assert cut(0, longest - 1)[0] <= longest - 1
@@ -86,7 +87,7 @@ def masked(tokenizer: Path, tmp_path: Path) -> TokenStore:
 
 
 def test_only_positions_that_carry_loss_count(masked: TokenStore) -> None:
-    cut = cut_of(masked, "token")
+    cut = cut_of(Source.of(masked), "token")
     assert [cut(row, 10) for row in (2, 3, 4, 5)] == [(10, 2), (10, 10), (10, 5), (10, 0)]
     with mock.patch.object(masked, "tokens", wraps=masked.tokens) as reads:
         assert cut(0, 19) == (19, 19)
@@ -94,7 +95,7 @@ def test_only_positions_that_carry_loss_count(masked: TokenStore) -> None:
 
 
 def test_a_store_without_masks_is_not_read(tokens: TokenStore) -> None:
-    assert cut_of(tokens, "token") is plain_cut
+    assert cut_of(Source.of(tokens), "token") is plain_cut
 
 
 def test_the_plan_counts_what_carries_loss_and_spends_what_carries_none(masked: TokenStore) -> None:
@@ -103,7 +104,7 @@ def test_the_plan_counts_what_carries_loss_and_spends_what_carries_none(masked: 
         min_difficulty=8, max_difficulty=19,
         schedule_config=CurriculumScheduleConfig(total_curriculum_tokens=120, difficulty_step=1),
     )  # fmt: skip
-    plan = BatchPlan(rows_N, masked.lengths_N[rows_N], 30, 0, Curriculum(config), TokenCut(masked, None))
+    plan = BatchPlan(rows_N, masked.lengths_N[rows_N], 30, 0, Curriculum(config), TokenCut(Source.of(masked), None))
     cursor, seen = Cursor(), set()
     for _ in range(12):
         before = cursor

@@ -53,7 +53,8 @@ def make_batch(seed: int = 0) -> MicroBatch:
     partition_NS = torch.stack([(log_p_NV / t).logsumexp(-1) for t in (2.0, 4.0)], 1)
     next_N = log_p_NV.gather(-1, next_ids_N[:, None])[:, 0]
     targets = SparseTargets.of_heads(ids_NK, logprobs_NK, next_N, tail_N, partition_NS)
-    return MicroBatch(ids_BT[:, :-1], valid_BL, next_ids_N, (WeightedTargets(1.0, targets),))
+    lengths_B = torch.full((len(ids_BT),), ids_BT.shape[1] - 1)
+    return MicroBatch(ids_BT[:, :-1], lengths_B, valid_BL, next_ids_N, (WeightedTargets(1.0, targets),))
 
 
 @pytest.mark.parametrize("name", list(MODELS))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from training.batches import Prefix
 from training.config import LossConfig
 from training.data import collate
+from training.source import Source
 from training.student import Student
 
 V = 400
@@ -47,7 +48,7 @@ def test_the_path_is_online_distillation(
     student = Student(model, V, loss, store.manifest["temperatures"])
     rows = store.rows("train")[:5]
     prefixes = [Prefix(int(row), min(int(store.lengths_N[row]) - 1, 30)) for row in rows if store.lengths_N[row] > 1]
-    cached = student(collate(store, prefixes)).loss
+    cached = student(collate(Source.of(store), prefixes)).loss
     reference = AutoModelForCausalLM.from_pretrained(exact, dtype=torch.float32)
     online = sum(
         (online_loss(reference, model, store[p.row].tokens.input_ids_T, p.positions, temperature) for p in prefixes),
@@ -70,7 +71,7 @@ def test_a_shifted_label_is_noticed(store: Any, teacher: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
     student = Student(model, V, LossConfig(alpha=1.0, tail="ghost"))
     row = int(np.flatnonzero(store.lengths_N == 48)[0])
-    batch = collate(store, [Prefix(row, 47)])
+    batch = collate(Source.of(store), [Prefix(row, 47)])
     (teachers,) = batch.targets
     # Padded rows of this teacher hold mass that a student may not use, so the distance is small, not zero.
     aligned = float(student(batch).loss) / 47

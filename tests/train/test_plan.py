@@ -7,27 +7,28 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logit_store import TokenRow, TokenStore
+from logit_store import TokenRow
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError
 from tests.toy import write_tokens
 from training.config import TrainConfig
 from training.plan import custom_identity, make_plan, plan_warnings
+from training.source import Source
 
-Make = Callable[..., TokenStore]
+Make = Callable[..., Source]
 
 
 @pytest.fixture
 def make(tokenizer: Path, tmp_path: Path) -> Make:
     """A token store with rows of these lengths, all of them masked or none."""
 
-    def of_lengths(lengths: list[int], mask: bool | None = None) -> TokenStore:
+    def of_lengths(lengths: list[int], mask: bool | None = None) -> Source:
         masks = [None if mask is None else np.full(max(length - 1, 0), mask) for length in lengths]
         rows = [
             TokenRow(i, "train", np.arange(length, dtype=np.int32), loss_mask)
             for i, (length, loss_mask) in enumerate(zip(lengths, masks, strict=True))
         ]
-        return write_tokens(str(tmp_path / "tokens"), tokenizer, [rows], num_shards=1)
+        return Source.of(write_tokens(str(tmp_path / "tokens"), tokenizer, [rows], num_shards=1))
 
     return of_lengths
 
@@ -53,8 +54,8 @@ LENGTHS = [8] * 40 + [16] * 40 + [32] * 40  # 280, 600 and 1,240 positions
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"curriculum": curriculum(8, 33, 500)}, "max_difficulty 33 is longer than the data: the longest row of STORE "
-         "has 32 tokens"),
+        ({"curriculum": curriculum(8, 33, 500)}, "max_difficulty 33 is longer than the data: the longest row "
+         "of .*tokens has 32 tokens"),
         ({"curriculum": curriculum(6, 31, 500, mode="bucket")}, "no row fits the curriculum after 0 tokens: all are "
          "longer than 6 positions"),
         ({"curriculum": curriculum(7, 31, 1900, mode="bucket")}, "the curriculum is longer than the data: after"),
@@ -68,7 +69,10 @@ LENGTHS = [8] * 40 + [16] * 40 + [32] * 40  # 280, 600 and 1,240 positions
     ],
     ids=["too long", "none fits", "repeats", "cycle", "no labels", "short step", "ranks", "custom"],
 )  # fmt: skip
-def test_what_does_not_fit_is_refused(make: Make, changes: dict[str, Any], message: str) -> None:
+def test_what_does_not_fit_is_refused(
+    make: Make, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)  # of another test's process group
     with pytest.raises(ConfigError, match=message):
         make_plan(train_config(**changes), make(LENGTHS))
 
@@ -93,7 +97,7 @@ def test_empty_loss_masks_are_refused(make: Make) -> None:
 
 def test_a_mask_that_begins_beyond_the_first_cut_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     row = TokenRow(0, "train", np.arange(20, dtype=np.int32), np.arange(19) >= 10)
-    store = write_tokens(str(tmp_path / "late"), tokenizer, [[row]], num_shards=1)
+    store = Source.of(write_tokens(str(tmp_path / "late"), tokenizer, [[row]], num_shards=1))
     assert make_plan(train_config(curriculum=curriculum(11, 19, 500)), store)
     with pytest.raises(StoreError, match=r"within the first 10 .* Raise curriculum.min_difficulty"):
         make_plan(train_config(curriculum=curriculum(10, 19, 500)), store)

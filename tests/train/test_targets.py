@@ -15,12 +15,13 @@ from logit_store.errors import ConfigError, StoreError
 from tests.store.made import make_row, write_store, write_tokens
 from training.batches import Prefix
 from training.check_loss import check_loss
-from training.config import TrainConfig
+from training.config import LossConfig, TowardsConfig, TrainConfig
 from training.data import collate
 from training.losses import Objective, SparseTargets, soft_losses
 from training.losses.objective import Part
 from training.losses.tails import tempered
 from training.losses.temperatures import log_partition
+from training.source import Source
 
 V = 64
 KINDS: dict[str, dict[str, Any]] = {
@@ -55,7 +56,7 @@ def make_store(folder: Path, kind: str) -> tuple[LogitStore, list[torch.Tensor]]
 
 
 def labels_of(store: LogitStore, prefixes: list[Prefix]) -> tuple[SparseTargets, torch.Tensor, torch.Tensor]:
-    batch = collate(store, prefixes)
+    batch = collate(Source.of(store), prefixes)
     return batch.targets[0].targets, batch.next_ids_N, batch.valid_BL
 
 
@@ -114,7 +115,7 @@ def test_ragged_rows_and_none_at_all_collate(tmp_path: Path) -> None:
     store = write_store(str(tmp_path / "store"), [rows], forced_ids=[3, 5])
     whole, _, _ = labels_of(store, [Prefix(i, len(row.tokens.input_ids_T) - 1) for i, row in enumerate(rows)])
     assert whole.forced_logprobs_NF.shape == (len(whole.tail_logmass_N), 2)
-    batch = collate(store, [])
+    batch = collate(Source.of(store), [])
     assert (batch.input_ids_BL.shape, int(batch.valid_BL.sum()), len(batch.next_ids_N)) == ((1, 1), 0, 0)
     empty = batch.targets[0].targets
     assert [c.dtype for c in empty] == [c.dtype for c in whole]
@@ -174,12 +175,12 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> dict[str, LogitStore]:
 def test_pairs_that_the_labels_do_not_serve_are_refused(
     stores: dict[str, LogitStore], kind: str, loss: dict[str, Any], refused: str | None
 ) -> None:
-    config = train_config(**loss)
+    config, stored = train_config(**loss), Source.of(stores[kind]).temperatures
     if refused is not None:
         with pytest.raises(ConfigError, match=refused):
-            check_loss(config, stores[kind])
+            check_loss(config.loss, stores[kind], stored)
         return
-    warnings = check_loss(config, stores[kind])
+    warnings = check_loss(config.loss, stores[kind], stored)
     changes = "temperature_schedule" in loss or "learned_temperature" in loss
     assert len(warnings) == changes
     assert all("interpolated" in warning and "nats over 3 rows" in warning for warning in warnings)
@@ -188,10 +189,10 @@ def test_pairs_that_the_labels_do_not_serve_are_refused(
 def test_tokens_alone_serve_cross_entropy_alone(tmp_path: Path) -> None:
     rows = [make_row(np.random.default_rng(0), 9, 0, masked=True).tokens]
     store = write_tokens(str(tmp_path / "tokens"), [rows])
-    assert check_loss(train_config(alpha=0.0), store) == []
+    assert check_loss(LossConfig(alpha=0.0), store, ()) == []
     with pytest.raises(StoreError, match=r"holds tokens without labels: set loss\.alpha=0"):
-        check_loss(train_config(alpha=0.0, alpha_schedule={"kind": "linear", "to": 0.5, "over_tokens": 1}), store)
-    batch = collate(store, [Prefix(0, 8)])
+        check_loss(LossConfig(alpha=0.0, alpha_schedule=TowardsConfig(kind="linear", to=0.5, over_tokens=1)), store, ())
+    batch = collate(Source.of(store), [Prefix(0, 8)])
     mask = store.tokens(0).loss_mask_P
     assert mask is not None
     assert batch.valid_BL.tolist() == [mask.tolist()]

@@ -1,0 +1,111 @@
+"""Held-out figures against figures computed densely, row by row."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from logit_store import LogitRow
+from tests.store.made import V, make_row, write_store, write_tokens
+from training.batches import Prefix
+from training.config import LossConfig
+from training.data import rank_batches
+from training.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
+from training.source import Source
+from training.student import Student
+
+LENGTHS = (2, 3, 9, 17, 18, 30, 33, 4)
+SPANS = ["1", "2", "3-4", "5-8", "9-16", "17-32"]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """Rows of V entries each: the head is the whole distribution, and KL needs no tail."""
+    rng = np.random.default_rng(0)
+    rows = [make_row(rng, length, V) for length in LENGTHS]
+    rows = [LogitRow(row.tokens._replace(split="held_out"), row.targets) for row in rows]
+    return Source.of(write_store(str(tmp_path_factory.mktemp("evaluation") / "store"), [rows], k=V,
+                                 codec={"kind": "exact"}))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def student() -> Student:
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=V + 3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    )
+    return Student(model, V, LossConfig(alpha=0.5, tail="ghost", chunk_positions=7)).eval()
+
+
+@torch.no_grad()
+def measured(source: Source, student: Student, prefixes: list[Prefix], ranks: int) -> Figures:
+    total = 0
+    for rank in range(ranks):
+        for batch in rank_batches(source, prefixes, ranks, rank, 40):
+            total = total + tally(batch, student(batch)).numpy()
+    return figures(total)  # type: ignore[arg-type]
+
+
+@torch.no_grad()
+def dense(source: Source, student: Student, rows: list[int]) -> dict[str, float]:
+    """The same figures from whole logits."""
+    log_p, log_q, next_ids = [], [], []
+    for row in rows:
+        tokens, (targets,) = source[row]
+        ids = torch.from_numpy(tokens.input_ids_T.astype(np.int64))
+        logits = student.model(input_ids=ids[None]).logits[0, :-1, :V].double()
+        log_q.append(logits.log_softmax(-1))
+        log_p.append(torch.from_numpy(targets.padded_heads(V)[1].copy()).double())  # heads of V are in order of ids
+        next_ids.append(ids[1:])
+    p, q, ids = torch.cat(log_p), torch.cat(log_q), torch.cat(next_ids)
+    loss = torch.nn.functional.nll_loss(q, ids).item()
+    confidence, top = q.exp().max(-1)
+    error = 0.0
+    for low in np.arange(NUM_BINS) / NUM_BINS:
+        inside = (confidence >= low) & (confidence < low + 1 / NUM_BINS)
+        if inside.any():
+            error += abs(float((top == ids)[inside].double().mean() - confidence[inside].mean())) * int(inside.sum())
+    return {
+        "positions": len(ids),
+        "loss": loss,
+        "perplexity": np.exp(loss),
+        "kl": (p.exp() * (p - q)).sum(-1).mean().item(),
+        "accuracy": (top == ids).double().mean().item(),
+        "agreement": (top == p.argmax(-1)).double().mean().item(),
+        "calibration_error": error / len(ids),
+    }
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_figures_of_all_rows_and_of_each_length(source: Source, student: Student, ranks: int) -> None:
+    prefixes = held_out_prefixes(source, None)
+    found = measured(source, student, prefixes, ranks)
+    by_length = found.pop("by_length")
+    assert found == pytest.approx(dense(source, student, list(range(len(LENGTHS)))), rel=1e-4)
+    assert list(by_length) == SPANS
+    for span, of_span in by_length.items():
+        low, high = int(span.split("-")[0]), int(span.split("-")[-1])
+        rows = [row for row, length in enumerate(LENGTHS) if low <= length - 1 <= high]
+        assert of_span == pytest.approx(dense(source, student, rows), rel=1e-4), span
+
+
+def test_the_teacher_is_at_no_distance_from_itself(source: Source) -> None:
+    found = teacher_figures(source, held_out_prefixes(source, None))
+    assert found["kl"] == 0
+    assert found["agreement"] == 1
+    own = np.concatenate([source[row].labels[0].next_logprob_P for row in range(len(LENGTHS))])
+    assert found["loss"] == pytest.approx(-own.mean(), rel=1e-6)
+    assert list(found["by_length"]) == SPANS
+
+
+def test_without_a_teacher_there_is_no_distance_to_it(student: Student, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    rows = [make_row(rng, 9, 8).tokens._replace(split="held_out") for _ in range(3)]
+    tokens = Source.of(write_tokens(str(tmp_path / "tokens"), [rows]))
+    found = measured(tokens, student, held_out_prefixes(tokens, 2), 1)
+    assert np.isnan(found["kl"])
+    assert np.isnan(found["agreement"])
+    assert found["positions"] == 16
+    assert found["loss"] > 0

@@ -1,0 +1,98 @@
+"""The steps of a run, read and decoded by threads while the student computes."""
+
+import time
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import torch
+
+from training.batches import BatchPlan, Cursor, Prefix, micro_batches, padding_share
+from training.config import TrainConfig
+from training.data import MicroBatch, collate
+from training.source import Source
+
+
+class Step(NamedTuple):
+    """What one step of one rank trains on."""
+
+    prefixes: list[Prefix]
+    """Of all ranks."""
+    length: int
+    """Longest prefix that the curriculum allows."""
+    cursor: Cursor
+    """Where the run stands after it."""
+    padding: float
+    """Share of padded positions, of all ranks."""
+    batches: list[MicroBatch]
+    """Of this rank."""
+    wait_s: float
+    """Seconds that nothing was done but wait for them."""
+
+
+class _Ahead(NamedTuple):
+    before: Cursor
+    planned: tuple[list[Prefix], int, Cursor]
+    padding: float
+    batches: list[Future[MicroBatch]]
+
+
+class Feed:
+    """Gives the step at any cursor, and reads the steps that should follow it ahead.
+
+    What a step holds is the plan's word alone: threads change when it is read. Where a run goes elsewhere than the plan
+    said (a curriculum that is paced by the gradient), what was read ahead is dropped. Labels are neither read nor
+    decoded where the loss has no use for them. A context: it holds threads.
+    """
+
+    def __init__(self, config: TrainConfig, source: Source, plan: BatchPlan, num_ranks: int, rank: int) -> None:
+        self.source, self.plan, self.num_ranks, self.rank = source, plan, num_ranks, rank
+        self.config = config
+        self._pool = ThreadPoolExecutor(config.data.threads, "decant-feed")
+        self._ahead: deque[_Ahead] = deque()
+        self._pins = torch.cuda.is_available()
+
+    def __enter__(self) -> "Feed":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._drop()
+        self._pool.shutdown()
+
+    def next(self, cursor: Cursor) -> Step:
+        """The step at ``cursor``; reading of those after it is begun.
+
+        Raises what reading it raises, before any rank has computed anything of it: CorruptError, StudentError.
+        """
+        if not self._ahead or self._ahead[0].before != cursor:
+            self._drop()
+            self._begin(cursor)
+        step = self._ahead.popleft()
+        self._read_on(step.planned[-1])
+        started = time.monotonic()
+        batches = [future.result() for future in step.batches]
+        return Step(*step.planned, step.padding, batches, time.monotonic() - started)
+
+    def _read_on(self, cursor: Cursor) -> None:
+        """Begin as many of the steps that follow as the config says, up to the last of the run."""
+        while self.plan.can_run_ahead and len(self._ahead) < self.config.data.ahead:
+            cursor = self._ahead[-1].planned[-1] if self._ahead else cursor
+            if cursor.tokens_seen >= self.config.schedule.total_tokens:
+                return
+            self._begin(cursor)
+
+    def _begin(self, cursor: Cursor) -> None:
+        planned = prefixes, length, _ = self.plan.next(cursor)
+        dealt = micro_batches(prefixes, self.num_ranks, self.config.schedule.micro_batch_tokens, length)
+        batches = [self._pool.submit(self._read, group, length) for group in dealt[self.rank]]
+        self._ahead.append(_Ahead(cursor, planned, padding_share(dealt, length), batches))
+
+    def _read(self, prefixes: list[Prefix], length: int) -> MicroBatch:
+        batch = collate(self.source, prefixes, length, self.config.loss.needs_labels)
+        return batch.pinned() if self._pins else batch
+
+    def _drop(self) -> None:
+        for step in self._ahead:
+            for future in step.batches:
+                future.cancel()
+        self._ahead.clear()
