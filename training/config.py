@@ -94,7 +94,9 @@ class TowardsConfig(Config):
 class LearnedTemperatureConfig(Config):
     """Curriculum temperature (arXiv 2211.16231): T is learned against the student, by a reversed gradient.
 
-    T = low + (high − low) · sigmoid(rate · w); w begins at 0, and goes where the distillation loss is larger.
+    T = middle + opening · (high − low) · (sigmoid(rate · w) − ½); w begins at 0, and goes where the distillation loss
+    is larger. The paper lets the reversed gradient grow with time, a factor that Adam divides away again; here the
+    range opens instead.
     """
 
     low: float = Field(gt=0.0, allow_inf_nan=False)
@@ -102,9 +104,7 @@ class LearnedTemperatureConfig(Config):
     high: float = Field(gt=0.0, allow_inf_nan=False)
     """Upper bound of T."""
     over_tokens: int = Field(ge=1)
-    """Tokens over which the reversed gradient grows from nothing, along a cosine, so that T hardens slowly."""
-    reversal: float = Field(1.0, ge=0.0, allow_inf_nan=False)
-    """Factor that it grows to."""
+    """Tokens over which `opening` goes from 0 to 1, along a cosine: T hardens slowly."""
     rate: float = Field(100.0, gt=0.0, allow_inf_nan=False)
     """Adam moves w as fast as a weight, at the learning rate: too slow for a single number, so this much faster."""
 

@@ -29,8 +29,11 @@ class Mixing(nn.Module):
             self.last_temperature = towards(self.loss.temperature, self.loss.temperature_schedule, self.tokens_seen)
             return self.last_temperature
         assert self.weight is not None
-        temperature = learned.low + (learned.high - learned.low) * (learned.rate * self.weight.float()[0]).sigmoid()
+        growing = TowardsConfig(kind="cosine", to=1.0, over_tokens=learned.over_tokens)
+        width = (learned.high - learned.low) * towards(0.0, growing, self.tokens_seen)
+        middle = (learned.low + learned.high) / 2
+        temperature = middle + width * ((learned.rate * self.weight.float()[0]).sigmoid() - 0.5)
         self.last_temperature = float(temperature.detach())
-        growing = TowardsConfig(kind="cosine", to=learned.reversal, over_tokens=learned.over_tokens)
-        reversal = towards(0.0, growing, self.tokens_seen)
+        # Adam's steps do not depend on a gradient's size, but clipping does: w must not be what is clipped.
+        reversal = learned.rate**-2
         return temperature.detach() * (1 + reversal) - reversal * temperature

@@ -34,7 +34,7 @@ def test_alpha_and_temperature_follow_their_schedules() -> None:
 
 
 def test_a_learned_temperature_is_pushed_where_the_loss_grows() -> None:
-    learned = {"low": 1.0, "high": 3.0, "over_tokens": 100, "reversal": 0.5, "rate": 10.0}
+    learned = {"low": 1.0, "high": 3.0, "over_tokens": 100, "rate": 10.0}
     mixing = Mixing(parse_config(LossConfig, {"learned_temperature": learned}, "test"))
     (weight,) = mixing.parameters()
     found = []
@@ -45,8 +45,11 @@ def test_a_learned_temperature_is_pushed_where_the_loss_grows() -> None:
         assert float(temperature.detach()) == mixing.last_temperature == 2.0
         (gradient,) = torch.autograd.grad(3.0 * temperature, [weight])  # a loss that grows with T
         found.append(float(gradient))
-    true = 3.0 * (3.0 - 1.0) * 0.25 * 10.0
-    assert found == pytest.approx([0.0, -0.25 * true, -0.5 * true, -0.5 * true], abs=1e-5)
+    whole = -3.0 * (3.0 - 1.0) * 0.25 / 10.0
+    assert found == pytest.approx([0.0, 0.5 * whole, whole, whole], abs=1e-5)
+    torch.nn.init.constant_(weight, 1.0)
+    mixing()
+    assert mixing.last_temperature == pytest.approx(3.0, abs=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -123,38 +123,42 @@ def _chunk(
     part = Part.of(objective, work.next_ids_N[at], teachers, logits_CW.dtype)
     ids_CE = part.entries.ids_NE
     logits_CW[:, objective.vocabulary_size :] = -torch.inf
-    logits_CE = logits_CW.gather(-1, ids_CE)
-    rest_CW = logits_CW.scatter_(-1, ids_CE, -torch.inf)
-    dense_CW = rest_CW.clone() if objective.needs_rest else None
-    at_T, at_1 = _rests(rest_CW, objective, bool(part.labels))
-    temperature = objective.temperature
+    leaves = {"entries": logits_CW.gather(-1, ids_CE)}
+    logits_CW.scatter_(-1, ids_CE, -torch.inf)
+    if objective.needs_rest:
+        leaves["each of rest"] = logits_CW.clone()
+    at_T, at_1 = _rests(logits_CW, objective, bool(part.labels))
+    leaves["rest"] = at_1.lse_C
+    if at_T is not None:
+        leaves["rest at T"] = at_T.lse_C
+    if isinstance(objective.temperature, Tensor):
+        leaves["temperature"] = objective.temperature.detach().to(logits_CW.dtype)
     with torch.set_grad_enabled(with_gradients):
-        if isinstance(temperature, Tensor):
-            temperature = temperature.detach().to(logits_CW.dtype).requires_grad_()
-        leaves = [logits_CE, at_1.lse_C, *([dense_CW] if dense_CW is not None else [])]
-        leaves += [at_T.lse_C] if at_T is not None else []
-        for leaf in leaves:
-            leaf.requires_grad_(with_gradients)
-        lse_at_T_C = at_1.lse_C if at_T is None else at_T.lse_C
-        if at_T is not None and at_T.slope_C is not None and isinstance(temperature, Tensor):
-            lse_at_T_C = lse_at_T_C + at_T.slope_C * (temperature - temperature.detach())
-        sums = loss_sums(
-            objective._replace(temperature=temperature), part, Statistics(logits_CE, at_1.lse_C, lse_at_T_C, dense_CW)
+        sums = _sums(
+            objective, part, {name: leaf.requires_grad_(with_gradients) for name, leaf in leaves.items()}, at_T
         )
     if with_gradients:
-        variables = leaves + ([temperature] if isinstance(temperature, Tensor) else [])
-        found = torch.autograd.grad(sums.loss, variables, allow_unused=True, materialize_grads=True)
-        by_leaf = dict(zip(map(id, variables), found, strict=True))
-        at_1.scale(by_leaf[id(at_1.lse_C)])
+        found = torch.autograd.grad(sums.loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
+        by_name = dict(zip(leaves, found, strict=True))
+        at_1.scale(by_name["rest"])  # this is logits_CW
         if at_T is not None:
-            logits_CW += at_T.scale(by_leaf[id(at_T.lse_C)])
-        if dense_CW is not None:
-            logits_CW += by_leaf[id(dense_CW)]
-        # Free entries repeat an id, with a gradient of zero.
-        logits_CW.scatter_add_(-1, ids_CE, by_leaf[id(logits_CE)])
+            logits_CW += at_T.scale(by_name["rest at T"])
+        if objective.needs_rest:
+            logits_CW += by_name["each of rest"]
+        logits_CW.scatter_add_(-1, ids_CE, by_name["entries"])  # free entries repeat an id, with a gradient of zero
         if temperature_gradient is not None:
-            temperature_gradient += by_leaf[id(temperature)]
+            temperature_gradient += by_name["temperature"]
     return torch.stack(list(sums)).detach().double()
+
+
+def _sums(objective: Objective, part: Part, leaves: dict[str, Tensor], at_T: "_Rest | None") -> LossSums:
+    """The chunk's losses as a function of the leaves."""
+    temperature = leaves.get("temperature", objective.temperature)
+    lse_at_T_C = leaves.get("rest at T", leaves["rest"])
+    if at_T is not None and at_T.slope_C is not None and isinstance(temperature, Tensor):
+        lse_at_T_C = lse_at_T_C + at_T.slope_C * (temperature - temperature.detach())
+    statistics = Statistics(leaves["entries"], leaves["rest"], lse_at_T_C, leaves.get("each of rest"))
+    return loss_sums(objective._replace(temperature=temperature), part, statistics)
 
 
 class _Rest(NamedTuple):
