@@ -26,7 +26,8 @@ def held_out_prefixes(store: LogitStore | TokenStore, max_rows: int | None) -> l
 def evaluate(engine: Any, store: LogitStore | TokenStore, prefixes: Sequence[Prefix], micro_batch_tokens: int,
              rank: int) -> dict[str, float]:  # fmt: skip
     """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
-    batches = rank_batches(store, prefixes, engine.world_size, rank, micro_batch_tokens)
+    longest = max(prefix.positions for prefix in prefixes)  # what the student's context was checked for
+    batches = rank_batches(store, prefixes, engine.world_size, rank, micro_batch_tokens, length=longest)
     return figures(engine.predict(batches, tally).cpu().numpy())
 
 

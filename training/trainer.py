@@ -79,14 +79,15 @@ def _train_steps(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cur
             before = cursor
             prefixes, length, cursor = prepared.plan.next(cursor)
             budget, temperature = schedule.micro_batch_tokens, config.loss.temperature
-            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature, length))
+            cap = min(length, prepared.longest)  # padding must not go beyond the student's context either
+            batches = list(rank_batches(prepared.store, prefixes, engine.world_size, rank, budget, temperature, cap))
             # A pure function of seed, step and rank: a resumed run needs no saved generator state.
             torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
             rate = learning_rate(schedule, cursor.tokens_seen)
             terms, norm = engine.step(batches, cursor.tokens_seen - before.tokens_seen, rate)
             if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
                 cursor = prepared.plan.paced(before, cursor, engine.same_on_all_ranks(norm))
-            padding = padding_share(micro_batches(prefixes, engine.world_size, budget, length), length)
+            padding = padding_share(micro_batches(prefixes, engine.world_size, budget, cap), cap)
             shape = {"sequence_length": length, "padding": padding, "clock": cursor.clock}
             watch.step(cursor, {**terms, "lr": rate, **shape, "gradient_norm": norm})
             if not all(map(math.isfinite, terms.values())):
