@@ -48,11 +48,11 @@ class MicroBatch(NamedTuple):
 
 
 def rank_batches(
-    source: Source, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int
+    source: Source, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int, length: int
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, one at a time."""
-    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens)[rank]:
-        yield collate(source, group)
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, padded to ``length`` at most."""
+    for group in micro_batches(prefixes, num_ranks, micro_batch_tokens, length)[rank]:
+        yield collate(source, group, length)
 
 
 def collate(source: Source, prefixes: Sequence[Prefix], length: int | None = None, labels: bool = True) -> MicroBatch:

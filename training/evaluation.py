@@ -32,7 +32,8 @@ def held_out_prefixes(source: Source, max_rows: int | None) -> list[Prefix]:
 
 def evaluate(engine: Any, source: Source, prefixes: Sequence[Prefix], micro_batch_tokens: int, rank: int) -> Figures:
     """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
-    batches = rank_batches(source, prefixes, engine.world_size, rank, micro_batch_tokens)
+    longest = max(prefix.positions for prefix in prefixes)  # what the student's context was checked for
+    batches = rank_batches(source, prefixes, engine.world_size, rank, micro_batch_tokens, length=longest)
     return figures(engine.predict(batches, tally).cpu().numpy())
 
 

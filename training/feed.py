@@ -83,9 +83,10 @@ class Feed:
 
     def _begin(self, cursor: Cursor) -> None:
         planned = prefixes, length, _ = self.plan.next(cursor)
-        dealt = micro_batches(prefixes, self.num_ranks, self.config.schedule.micro_batch_tokens, length)
-        batches = [self._pool.submit(self._read, group, length) for group in dealt[self.rank]]
-        self._ahead.append(_Ahead(cursor, planned, padding_share(dealt, length), batches))
+        cap = min(length, self.plan.longest)  # padding must not go beyond the student's context either
+        dealt = micro_batches(prefixes, self.num_ranks, self.config.schedule.micro_batch_tokens, cap)
+        batches = [self._pool.submit(self._read, group, cap) for group in dealt[self.rank]]
+        self._ahead.append(_Ahead(cursor, planned, padding_share(dealt, cap), batches))
 
     def _read(self, prefixes: list[Prefix], length: int) -> MicroBatch:
         batch = collate(self.source, prefixes, length, self.config.loss.needs_labels)

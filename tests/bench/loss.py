@@ -45,8 +45,8 @@ def main() -> None:
         command = [sys.executable, "-m", "tests.bench.loss", way, str(positions)]
         mebibytes = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
         plain = plain or mebibytes
-        ratio = round(mebibytes / plain, 3) if positions == MEMORY[0][1] else ""
-        rows.append(["memory", way, LARGE, positions, round(mebibytes), "MiB", ratio])
+        of_plain = round(mebibytes / plain, 3) if positions == MEMORY[0][1] else ""
+        rows.append(["memory", way, LARGE, positions, round(mebibytes), "MiB", of_plain])
         print(*rows[-1], flush=True)
         write(rows)
 

@@ -172,6 +172,8 @@ def test_train_refuses_before_anything_is_written(
         f"data.store={unfinished}": "is not finished: 7 of 8 shards are committed",
         f"data.store={newer}": "has format 9; this version of decant reads format 1",
         "schedule.tokens_per_step=10": "less than the longest sequence, 47 positions",
+        "curriculum={min_difficulty: 8, max_difficulty: 64, schedule_config: {total_curriculum_tokens: 9}}": "longer "
+        "than the data: the longest row of",
         "deepspeed=/nowhere.json": "DeepSpeed config /nowhere.json does not exist",
         f"deepspeed={ours}": "'train_batch_size' is decided by schedule.tokens_per_step",
         "student.config.num_atention_heads=2": "llama has no 'num_atention_heads'; did you mean 'num_attention_heads'?",

@@ -43,7 +43,7 @@ def student() -> Student:
 def measured(source: Source, student: Student, prefixes: list[Prefix], ranks: int) -> Figures:
     total = 0
     for rank in range(ranks):
-        for batch in rank_batches(source, prefixes, ranks, rank, 40):
+        for batch in rank_batches(source, prefixes, ranks, rank, 40, 128):
             total = total + tally(batch, student(batch)).numpy()
     return figures(total)  # type: ignore[arg-type]
 
