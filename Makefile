@@ -42,6 +42,7 @@ bench: $(VENV)/.all
 	$(BIN)/python -m tests.bench.job
 	$(BIN)/python -m tests.bench.vllm
 	$(BIN)/python -m tests.bench.schedule
+	$(BIN)/python -m tests.bench.step
 
 chaos: $(VENV)/.all
 	$(BIN)/python -m tests.chaos --minutes 30

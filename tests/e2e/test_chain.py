@@ -144,10 +144,13 @@ def student_config(store: Any, shared: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+CLOCK = ("seconds", "tokens_per_s", "wait")
+
+
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Lines of steps and evaluations, without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s")} for line in lines]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:
@@ -290,7 +293,7 @@ def test_report_is_one_file_that_needs_no_network(
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)
     assert "http" not in page
     assert {path.name for path in (shared / "report").iterdir()} == {
-        "report.html", "table.md", "loss.png", "sequence_length.png", "size.png",
+        "report.html", "table.md", "loss.png", "kl.png", "sequence_length.png", "size.png",
     }  # fmt: skip
     for folder in (quiet_run, twin):
         result = json.loads((folder / "result.json").read_text())

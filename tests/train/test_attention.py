@@ -1,6 +1,6 @@
 """No sequence of a micro-batch sees another: padded rows, and rows laid one after the other."""
 
-from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture(scope="module")
-def varlen_on_cpu() -> Iterator[str]:
+def varlen_on_cpu() -> str:
     """FlashAttention's contract for sequences laid one after the other, in plain torch: bounds in, each alone."""
 
     def attend(module: Any, q_1HSD: Tensor, k_1GSD: Tensor, v_1GSD: Tensor, attention_mask: Any, scaling: float,
@@ -51,17 +51,17 @@ def varlen_on_cpu() -> Iterator[str]:
         assert torch.equal(cu_seq_lens_q, cu_seq_lens_k)
         assert cu_seq_lens_q.dtype == torch.int32
         bounds = cu_seq_lens_q.tolist()
-        assert max(b - a for a, b in zip(bounds, bounds[1:], strict=False)) <= max_length_q
+        assert max(b - a for a, b in pairwise(bounds)) <= max_length_q
         parts = [
             torch.nn.functional.scaled_dot_product_attention(
                 *(x[:, :, a:b] for x in (q_1HSD, k_1GSD, v_1GSD)), is_causal=True, scale=scaling, enable_gqa=True
             )
-            for a, b in zip(bounds, bounds[1:], strict=False)
+            for a, b in pairwise(bounds)
         ]
         return torch.cat(parts, 2).transpose(1, 2), None
 
     AttentionInterface.register("varlen_on_cpu", attend)
-    yield "varlen_on_cpu"
+    return "varlen_on_cpu"
 
 
 def gradients(student: Student, source: Source, prefixes: list[Prefix]) -> tuple[float, list[Tensor]]:

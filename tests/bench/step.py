@@ -1,0 +1,152 @@
+"""A step on cached labels beside the same step with plain cross-entropy, and what feeds it, in one process.
+
+    python -m tests.bench.step            # measures, prints a table, writes docs/benchmarks/step.csv
+
+The real engine (DeepSpeed, one rank, ZeRO 1) trains one model; steps with labels (k = 64, forward KL and cross-entropy,
+read from a store on disk and decoded while the student computes) and steps without take turns on the same batches, in
+orders that alternate. The head is a modest share of the model, as in a student. The pipeline is then read alone, with
+one and with two threads, as fast as it goes. Labels are synthetic (see synthetic.py).
+"""
+
+import csv
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from logit_store import LogitRow, LogitStore, Targets, TokenRow
+from tests.bench.machine import about
+from tests.bench.synthetic import dense_logprobs
+from tests.store.made import write_store
+from training.batches import BatchPlan, Cursor
+from training.config import LossConfig, TrainConfig
+from training.engine import Engine, deepspeed_config, init_process_group
+from training.feed import Feed
+from training.flops import model_flops
+from training.models import build_student
+from training.source import Source
+from training.student import Student
+
+ROOT = Path(__file__).parents[2]
+RESULT = ROOT / "docs" / "benchmarks" / "step.csv"
+V, K, T, NUM_ROWS = 8_192, 64, 257, 48
+TOKENS_PER_STEP, NUM_PAIRS, WARM_UP = 512, 12, 2
+MODEL = {
+    "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": T,
+}  # fmt: skip
+
+
+def make_store(folder: Path) -> LogitStore:
+    """Rows of T tokens, each drawn from its labels."""
+    rng = torch.Generator().manual_seed(1)
+    rows: list[LogitRow] = []
+    for i in range(NUM_ROWS):
+        logprobs_PV = torch.cat(list(dense_logprobs(T - 1, V, seed=i)))
+        next_P1 = torch.multinomial(logprobs_PV.exp(), 1, generator=rng)
+        top_PK, ids_PK = logprobs_PV.topk(K, dim=-1)
+        tail_P = logprobs_PV.scatter(-1, ids_PK, -torch.inf).scatter(-1, next_P1, -torch.inf).logsumexp(-1)
+        tokens = np.concatenate([[0], next_P1[:, 0].numpy()]).astype(np.int32)
+        targets = Targets.of_heads(
+            ids_PK.numpy(), top_PK.numpy(), logprobs_PV.gather(-1, next_P1)[:, 0].numpy(), tail_P.numpy()
+        )
+        rows.append(LogitRow(TokenRow(i, "train", tokens), targets))
+    return write_store(str(folder / "store"), [rows[i : i + 8] for i in range(0, NUM_ROWS, 8)], vocabulary_size=V, k=K,
+                       temperatures=[])  # fmt: skip
+
+
+def make_config(store: LogitStore, **data: Any) -> TrainConfig:
+    return TrainConfig.model_validate({
+        "run": {"path": "none"},
+        "data": {"store": store.storage.url, **data},
+        "student": {"config": MODEL},
+        "loss": {"alpha": 0.9, "tail": "ghost"},
+        "schedule": {"total_tokens": 10**9, "tokens_per_step": TOKENS_PER_STEP, "lr": 1e-4,
+                     "micro_batch_tokens": TOKENS_PER_STEP},
+        "deepspeed": str(ROOT / "configs" / "deepspeed" / "zero1.json"),
+    })  # fmt: skip
+
+
+def make_feed(config: TrainConfig, source: Source, labels: bool) -> Feed:
+    rows_N = source.rows("train")
+    plan = BatchPlan(rows_N, source.lengths_N[rows_N], TOKENS_PER_STEP, 0, None, source.order)
+    return Feed(config, source, plan, 1, 0, labels)
+
+
+def time_steps(engine: Engine, config: TrainConfig, source: Source) -> dict[str, list[float]]:
+    """Seconds of each step, waiting for its data included, by what its loss is."""
+    losses = {"kd": config.loss, "ce": LossConfig(alpha=0.0)}
+    seconds: dict[str, list[float]] = {"kd": [], "ce": [], "kd_wait": []}
+    cursors = {name: Cursor() for name in losses}
+    with make_feed(config, source, True) as kd, make_feed(config, source, False) as ce:
+        feeds = {"kd": kd, "ce": ce}
+        for pair in range(WARM_UP + NUM_PAIRS):
+            for name in ("kd", "ce") if pair % 2 else ("ce", "kd"):
+                engine.module.loss = losses[name]
+                started = time.perf_counter()
+                step = feeds[name].next(cursors[name])
+                engine.step(step.batches, step.cursor.tokens_seen - cursors[name].tokens_seen, 1e-4)
+                seconds[name].append(time.perf_counter() - started)
+                cursors[name] = step.cursor
+                if name == "kd":
+                    seconds["kd_wait"].append(step.wait_s)
+    return {name: values[WARM_UP:] for name, values in seconds.items()}
+
+
+def pipeline_rate(config: TrainConfig, source: Source, num_steps: int = 60) -> float:
+    """Positions per second of reading, decoding and collating alone."""
+    with make_feed(config, source, True) as feed:
+        start = feed.next(Cursor()).cursor
+        cursor, started = start, time.perf_counter()
+        for _ in range(num_steps):
+            cursor = feed.next(cursor).cursor
+        return (cursor.tokens_seen - start.tokens_seen) / (time.perf_counter() - started)
+
+
+def head_share(student: Student) -> float:
+    """The head's part of the FLOPs of a step's matrix products."""
+    per_position = model_flops(student.model).per_position
+    return float(6 * student.model.get_output_embeddings().weight.numel() / per_position)
+
+
+def main() -> None:
+    """Measure and write the table."""
+    torch.set_num_threads(2)
+    with tempfile.TemporaryDirectory() as folder:
+        store = make_store(Path(folder))
+        config, source = make_config(store), Source.of(store)
+        init_process_group()
+        student = Student(build_student(config.student, V, T - 1, 0), V, config.loss)
+        share, parameters = head_share(student), sum(p.numel() for p in student.parameters())
+        engine = Engine(student, deepspeed_config(config))
+        seconds = time_steps(engine, config, source)
+        rates = {n: pipeline_rate(make_config(store, threads=n), source) for n in (1, 2)}
+        positions = TOKENS_PER_STEP // (T - 1) * (T - 1)
+        torch.distributed.destroy_process_group()
+    kd, ce = (np.percentile(seconds[name], [20, 50, 80]) for name in ("kd", "ce"))
+    ratios = np.array(seconds["kd"]) / np.array(seconds["ce"])
+    line = {
+        "parameters": parameters, "vocabulary": V, "k": K, "head_share": share, "positions": positions,
+        **{f"ce_s_p{p}": value for p, value in zip((20, 50, 80), ce, strict=True)},
+        **{f"kd_s_p{p}": value for p, value in zip((20, 50, 80), kd, strict=True)},
+        "kd_over_ce": kd[1] / ce[1], "kd_over_ce_paired": float(np.median(ratios)),
+        "wait": sum(seconds["kd_wait"]) / sum(seconds["kd"]),
+        "student_positions_per_s": positions / kd[1],
+        **{f"pipeline_{n}_positions_per_s": rate for n, rate in rates.items()},
+        "pipeline_1_over_student": rates[1] * kd[1] / positions,
+    }  # fmt: skip
+    for name, value in line.items():
+        print(f"{name:28} {value:,.4g}")
+    stamp = about("torch", "deepspeed", "transformers")
+    with open(RESULT, "w", newline="") as file:
+        writer = csv.DictWriter(file, [*line, *stamp])
+        writer.writeheader()
+        writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in (line | stamp).items()})
+    print(f"written to {RESULT.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
