@@ -35,7 +35,7 @@ class Prefix(NamedTuple):
 class BatchPlan:
     """Step after step of prefixes, in a global order that knows nothing of ranks."""
 
-    runs_ahead = True
+    can_run_ahead = True
     """Whether ``next`` knows the steps to come from the cursor alone, so that they can be read before they are due."""
 
     def __init__(

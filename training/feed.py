@@ -74,7 +74,7 @@ class Feed:
 
     def _read_on(self, cursor: Cursor) -> None:
         """Begin as many of the steps that follow as the config says, up to the last of the run."""
-        while self.plan.runs_ahead and len(self._ahead) < self.config.data.ahead:
+        while self.plan.can_run_ahead and len(self._ahead) < self.config.data.ahead:
             cursor = self._ahead[-1].planned[-1] if self._ahead else cursor
             if cursor.tokens_seen >= self.config.schedule.total_tokens:
                 return

@@ -1,16 +1,22 @@
 """Where a run's figures go for people to look at: TensorBoard always; W&B and MLflow when asked."""
 
 import importlib.util
+import time
 import uuid
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+from logit_store.config import dump_config
 from logit_store.errors import ConfigError, StudentError
 from training.config import MlflowConfig, TrainConfig, WandbConfig, WatchConfig
 from training.run_folder import RunFolder
 
 PACKAGES = ("wandb", "mlflow")
 """Named alike: the section of `watch`, the package, and the extra that brings it."""
+
+
+MAX_TAG = 5000
+"""Characters that every MLflow server takes as a tag; the run's directory has the config whole."""
 
 
 class Tracker(Protocol):
@@ -100,7 +106,7 @@ class Mlflow:
             self.client: Any = mlflow.MlflowClient(tracking_uri=wanted.tracking_uri)
             self.id = run.tracker_id("mlflow", lambda: self._create(wanted, run.path.name))
             self.client.update_run(self.id, status="RUNNING")
-            self.client.log_dict(self.id, config.model_dump(mode="json"), "config.yaml")
+            self.client.set_tag(self.id, "config", dump_config(config)[:MAX_TAG])
         except (mlflow.exceptions.MlflowException, OSError) as error:
             raise StudentError(f"watch.mlflow: {' '.join(str(error).split())}") from error
         self._metric: Any = mlflow.entities.Metric
@@ -112,8 +118,6 @@ class Mlflow:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Note the figures of a step."""
-        import time
-
         now_ms = int(time.time() * 1000)
         self.client.log_batch(self.id, [self._metric(name, value, now_ms, step) for name, value in values.items()])
 

@@ -99,7 +99,7 @@ def test_a_run_goes_on_at_any_cursor_also_where_nobody_read_ahead(made: LogitSto
 
 def test_a_plan_that_waits_for_its_steps_is_not_read_ahead(made: LogitStore) -> None:
     with make_feed(made) as feed:
-        feed.plan.runs_ahead = False
+        feed.plan.can_run_ahead = False
         steps = walk(feed, Cursor(), 3)
         assert not feed._ahead
     with make_feed(made) as other:

@@ -22,6 +22,7 @@ from tests.store.made import make_row, write_store
 from tests.toy import ROOT, write_yaml
 from training.config import TrainConfig, WatchConfig
 from training.flops import PEAK_TFLOPS, model_flops, peak_flops
+from training.report import report
 from training.run_folder import RunFolder
 from training.trackers import check_trackers, open_trackers
 
@@ -52,9 +53,10 @@ def make_config(path: Path, stores: list[LogitStore], **sections: Any) -> dict[s
 
 
 @pytest.fixture(scope="module")
-def lines(stores: list[LogitStore], tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """Metrics of a run on a mixture."""
-    folder = tmp_path_factory.mktemp("watched")
+def run(stores: list[LogitStore], tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run on a mixture."""
+    folder = tmp_path_factory.mktemp("watched") / "runs"
+    folder.mkdir()
     config = write_yaml(folder / "run.yaml", make_config(folder / "run", stores))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
     done = subprocess.run(
@@ -63,7 +65,13 @@ def lines(stores: list[LogitStore], tmp_path_factory: pytest.TempPathFactory) ->
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert any((folder / "run" / "tensorboard").iterdir())
-    return RunFolder(str(folder / "run")).metrics()
+    return RunFolder(str(folder / "run"))
+
+
+@pytest.fixture(scope="module")
+def lines(run: RunFolder) -> list[dict[str, Any]]:
+    """Its metrics."""
+    return run.metrics()
 
 
 def test_a_step_says_what_it_did(lines: list[dict[str, Any]], stores: list[LogitStore]) -> None:
@@ -100,6 +108,18 @@ def test_every_key_of_a_line_is_documented(lines: list[dict[str, Any]]) -> None:
     keys = {key for line in lines for key in line}
     keys |= {key for line in lines for key in line.get("held_out", {})}
     assert keys <= documented, keys - documented
+
+
+def test_a_report_shows_every_store_and_figures_by_length(run: RunFolder, stores: list[LogitStore]) -> None:
+    page = report([str(run.path)], None).read_text()
+    assert all(f"<td>{store.storage.url}</td>" in page for store in stores)
+    result = run.result()
+    assert result is not None
+    assert f"<td>{result['held_out']['kl']:.4f}</td>" in page
+    for span, of_span in result["held_out"]["by_length"].items():
+        assert f"<th>{span}</th>" in page
+        assert f"<td>{of_span['kl']:.4f}</td>" in page
+    assert (run.path.parent.parent / "report" / "kl.png").stat().st_size > 1000
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -176,6 +196,8 @@ def test_mlflow_has_one_run_of_a_run_that_was_resumed(tmp_path: Path) -> None:
     run = client.get_run(first.id)
     assert run.info.status == "FINISHED"
     assert run.info.run_name == "run"
+    assert "total_tokens: 1200" in run.data.tags["config"]
+    assert not Path("mlruns").exists()  # nothing is left in the current folder
 
 
 @pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")
