@@ -19,7 +19,7 @@ from tests.store.made import TOKENIZER, V, make_row, targets_of, write_store, wr
 from training.batches import Prefix
 from training.config import DataConfig, LossConfig
 from training.data import MicroBatch, collate
-from training.evaluation import held_out_prefixes
+from training.evaluation import figures, held_out_prefixes, tally, teacher_figures
 from training.source import Source, mixed_order, open_source, row_shares
 from training.student import Student
 
@@ -84,6 +84,21 @@ def test_two_teachers_are_the_weighted_mean_of_their_losses(stores: dict[str, Lo
     kept = collate(both, prefixes).kept_mass()
     of_each = [collate(Source.of(stores[name]), prefixes).kept_mass() for name in ("a", "b")]
     assert kept == pytest.approx(0.75 * of_each[0] + 0.25 * of_each[1])
+
+
+@torch.no_grad()
+def test_held_out_figures_of_two_teachers_are_weighted_means(stores: dict[str, LogitStore]) -> None:
+    both = open_source(data("teachers", stores, a=3.0, b=1.0))
+    student = tiny_student(LossConfig(alpha=0.7)).eval()
+    prefixes = held_out_prefixes(both, None)
+    together, a, b = (
+        figures(tally(batch, student(batch)).numpy())
+        for batch in (collate(source, prefixes) for source in (both, Source.of(stores["a"]), Source.of(stores["b"])))
+    )
+    for name in ("kl", "agreement", "loss", "calibration_error"):
+        assert together[name] == pytest.approx(0.75 * a[name] + 0.25 * b[name], rel=1e-6), name
+    own = [teacher_figures(Source.of(stores[name]), prefixes)["loss"] for name in ("a", "b")]
+    assert teacher_figures(both, prefixes)["loss"] == pytest.approx(0.75 * own[0] + 0.25 * own[1])
 
 
 def test_a_row_that_one_teacher_left_out_is_no_row_of_both(stores: dict[str, LogitStore]) -> None:
