@@ -41,8 +41,6 @@ def build_student(config: StudentConfig, vocabulary_size: int, longest: int, see
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     _check_plain_head(model)
-    if config.attention == "varlen":
-        model.set_attn_implementation("flash_attention_2")
     return model
 
 

@@ -6,7 +6,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.attention import flatten
+from training.attention import VARLEN, flatten
 from training.config import LossConfig
 from training.data import MicroBatch
 from training.losses import (
@@ -39,6 +39,8 @@ class Student(nn.Module):
         self.attention = attention
         self.model = model
         self.vocabulary_size, self.loss = vocabulary_size, loss
+        if attention == "varlen":
+            model.set_attn_implementation(VARLEN)
         self.chunk = loss.chunk_positions or default_chunk_positions(model.config.get_text_config().vocab_size)
 
     def forward(self, batch: MicroBatch) -> LossSums | Predictions:
