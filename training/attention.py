@@ -10,6 +10,9 @@ from logit_store.errors import ConfigError
 from training.config import StudentConfig
 from training.data import MicroBatch
 
+VARLEN = "flash_attention_2"
+"""The attention of transformers that takes bounds of sequences."""
+
 
 class Flat(NamedTuple):
     """A micro-batch without padding: S positions in one row."""

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.attention import flatten
+from training.attention import VARLEN, flatten
 from training.config import LossConfig
 from training.data import MicroBatch
 from training.head import OutputHead
@@ -40,6 +40,8 @@ class Student(nn.Module):
         self.model = model
         self.mixing = Mixing(loss)
         self.head = OutputHead(model)
+        if attention == "varlen":  # only now: heads are probed anywhere, and it runs on GPUs alone
+            model.set_attn_implementation(VARLEN)
         self.objective = Objective(
             vocabulary_size, tail=loss.tail, divergence=loss.divergence, beta=loss.beta, z_loss=loss.z_loss,
             stored=tuple(stored),

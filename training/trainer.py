@@ -37,8 +37,6 @@ def train(config: TrainConfig) -> None:
     init_process_group()
     rank = torch.distributed.get_rank()
     student = Student(model, vocabulary_size, config.loss, prepared.source.temperatures, config.student.attention)
-    if config.student.attention == "varlen":  # only now: it runs on GPUs alone, and heads are probed anywhere
-        model.set_attn_implementation("flash_attention_2")
     engine = Engine(student, prepared.engine_config)
     if rank == 0:
         run.begin(config, prepared.identity)

@@ -78,10 +78,12 @@ def test_a_rows_loss_does_not_change_with_its_batch_mates(source: Source, model:
         torch.testing.assert_close(found, sum(parts), rtol=0, atol=1e-12)
 
 
-def test_a_row_behind_another_is_as_alone_as_a_padded_one(source: Source, model: Any, varlen_on_cpu: str) -> None:
+def test_a_row_behind_another_is_as_alone_as_a_padded_one(
+    source: Source, model: Any, varlen_on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.student.VARLEN", varlen_on_cpu)
     padded, of_padded = gradients(Student(model, V, LossConfig(alpha=0.6)), source, PREFIXES)
     student = Student(model, V, LossConfig(alpha=0.6), attention="varlen")
-    model.set_attn_implementation(varlen_on_cpu)
     flat, of_flat = gradients(student, source, PREFIXES)
     assert flat == pytest.approx(padded, rel=1e-10)
     for a, b in zip(of_flat, of_padded, strict=True):
