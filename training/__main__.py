@@ -8,10 +8,12 @@ import sys
 from logit_store.config import load_config
 from logit_store.errors import DecantError
 from training.config import TrainConfig
+from training.stop import AgreedError, StopRequest
 
 
 def main() -> int:
     """Run this rank; its exit code."""
+    stop = StopRequest().listen()  # first of all: importing torch takes seconds
     parser = argparse.ArgumentParser(prog="training")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher; the environment says it too")
     verbs = parser.add_subparsers(dest="verb", required=True)
@@ -26,12 +28,19 @@ def main() -> int:
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     try:
-        run_rank(load_config(TrainConfig, arguments.config, arguments.overrides))
+        stopped = run_rank(load_config(TrainConfig, arguments.config, arguments.overrides), stop)
     except DecantError as error:
-        # What is wrong with the config is wrong on every rank; what comes later may be seen by one alone.
-        if os.environ.get("RANK", "0") == "0" or torch.distributed.is_initialized():
+        # What is wrong with the config is wrong on every rank, and what all agreed on too; the rest one alone may see.
+        alone = torch.distributed.is_initialized() and not isinstance(error, AgreedError)
+        if os.environ.get("RANK", "0") == "0" or alone:
             print(f"decant train: error: {error}", file=sys.stderr)
         return 2
+    if stopped is not None and os.environ.get("RANK", "0") == "0":
+        print(
+            f"decant train: stopped at step {stopped.step} ({stopped.tokens_seen:,} tokens), which is saved: the same "
+            "command goes on from there",
+            file=sys.stderr,
+        )
     return 0
 
 

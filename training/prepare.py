@@ -6,7 +6,7 @@ from logit_store import LogitStore, TokenStore, open_store
 from logit_store.errors import ConfigError, StoreError
 from training.batches import BatchPlan, Prefix
 from training.config import TrainConfig
-from training.engine import deepspeed_config
+from training.engine_config import deepspeed_config
 from training.evaluation import held_out_prefixes
 from training.models import check_architecture, check_tokenizer
 

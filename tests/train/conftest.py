@@ -1,0 +1,28 @@
+"""One process group for every engine that tests build in this process, as one rank."""
+
+from collections.abc import Iterator
+
+import pytest
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture(scope="session")
+def group_of_one() -> Iterator[None]:
+    """DeepSpeed remembers the first group of a process, so that runs in it share one."""
+    from unittest import mock
+
+    from training.engine import free_port, process_group
+
+    with mock.patch.dict("os.environ", {**ALONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}):
+        group = process_group()
+        group.__enter__()
+    yield
+    group.__exit__(None, None, None)
+
+
+@pytest.fixture
+def one_rank(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the test, this process is the only rank."""
+    for name, value in ALONE.items():
+        monkeypatch.setenv(name, value)
