@@ -1,7 +1,8 @@
 """Small runs of the trainer for tests: one process, real engines, stopped and resumed wherever a test likes."""
 
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -88,3 +89,22 @@ def _pieces(config: dict[str, Any]) -> Iterator[None]:
     while not finished:
         finished = run_here(config, StopAfter(1))
         yield
+
+
+def on_two_ranks(function: Callable[[int], None]) -> None:
+    """Run ``function(rank)`` in two processes that form a gloo group; it must be importable, or a partial of such."""
+    from torch.multiprocessing.spawn import spawn
+
+    from training.engine import free_port
+
+    spawn(_as_rank, (free_port(), function), nprocs=2)
+
+
+def _as_rank(rank: int, port: int, function: Callable[[int], None]) -> None:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ.update({**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    torch.set_num_threads(1)
+    from training.engine import process_group
+
+    with process_group():
+        function(rank)

@@ -21,8 +21,10 @@ def group_of_one() -> Iterator[None]:
     group.__exit__(None, None, None)
 
 
-@pytest.fixture
-def one_rank(group_of_one: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within the test, this process is the only rank."""
-    for name, value in ALONE.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture(scope="module")
+def one_rank(group_of_one: None) -> Iterator[None]:
+    """While the tests of a file last, this process is the only rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        yield
