@@ -23,8 +23,8 @@ LLAMA = {
 }
 
 
-def student_config(folder: str | Path, store: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """A run of 20 steps under a curriculum, as a dictionary; ``sections`` are merged into it."""
+def student_config(folder: str | Path, store: str, **sections: Any) -> dict[str, Any]:
+    """A run of 20 steps under a curriculum, as a dictionary; ``sections`` are merged into it or set."""
     config: dict[str, Any] = {
         "run": {"path": str(folder)},
         "data": {"store": store},

@@ -17,6 +17,7 @@ from logit_store.errors import ConfigError, StudentError
 from training.run_folder import writing
 from training.stop import AgreedError
 
+
 class Step(NamedTuple):
     """What an optimizer step was, the same on every rank."""
 
@@ -86,7 +87,7 @@ class Engine:
         except Exception as error:
             if "minimum - cannot decrease scale" not in str(error):  # DeepSpeed raises a bare Exception
                 raise
-            raise StudentError("float16 gradients overflow at the smallest loss scale: use bf16, or a lower lr") from error
+            raise StudentError("float16 gradients overflow at the smallest loss scale: use bf16") from error
         if not engine.was_step_applied():
             return math.inf  # a float16 gradient overflowed
         norm = float(engine.get_global_grad_norm() if norm is None else norm)

@@ -32,8 +32,9 @@ COMPILED = ("adam", "adamw", "lamb", "lion", "onebitadam", "muon")
 def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     """The user's DeepSpeed JSON completed by what is ours.
 
-    Gradients of bf16 and fp16 accumulate in float32, unless the JSON says otherwise. Raises ConfigError: the file is not there or not JSON, both configs claim the same thing, or a
-    value is left to the trainer of Hugging Face (`"auto"`).
+    Gradients of bf16 and fp16 accumulate in float32, unless the JSON says otherwise. Raises ConfigError: the file is
+    not there or not JSON, both configs claim the same thing, low precision has no ZeRO stage that serves it, an
+    optimizer has to be compiled and there is no compiler, or a value is left to the trainer of Hugging Face (`"auto"`).
     """
     path = config.deepspeed
     user = without_auto(_read_json(path)) if path is not None else {}
@@ -68,7 +69,7 @@ def without_auto(user: dict[str, Any]) -> dict[str, Any]:
     left = [path for path, value in _leaves(user) if value == "auto" and path not in decided]
     if left:
         raise ConfigError(
-            f"the DeepSpeed JSON leaves {', '.join(map('.'.join, left))} to the trainer of Hugging Face (\"auto\"): "
+            f'the DeepSpeed JSON leaves {", ".join(map(".".join, left))} to the trainer of Hugging Face ("auto"): '
             "write a value, or leave it out"
         )
     kept = {key: value for key, value in user.items() if value != "auto"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from logit_store.config import load_config
 from logit_store.errors import ConfigError
 from training.config import TrainConfig
+from training.stop import StopRequest
 
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
@@ -38,12 +39,37 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         *("--quiet", "--log_level", "error"),
         *("--module", "training", "train", config_path, *overrides),
     ]
-    code = subprocess.run(command, env=_environment(ranks), check=False).returncode
+    with StopRequest() as stop:
+        code = _wait(subprocess.Popen(command, env=_environment(ranks)), stop)
+    if stop.asked and run.is_saved():
+        return 0  # the rank that saved it has said so
     if code == 0 and (result := run.result()) is not None:
         print(
             f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
             f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
         )
+    return code
+
+
+def _wait(launcher: "subprocess.Popen[bytes]", stop: StopRequest) -> int:
+    """The exit code of the `deepspeed` launcher. A request to stop goes to the ranks alone.
+
+    The launcher has two processes, the second of which starts the ranks. On SIGTERM the first would end at once, and
+    the second report a failure, whatever its ranks do.
+    """
+    import psutil
+
+    ranks: list[psutil.Process] = []
+    while True:
+        try:
+            code = launcher.wait(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.asked and not ranks:
+                ranks = [rank for second in psutil.Process(launcher.pid).children() for rank in second.children()]
+                for rank in ranks:
+                    rank.terminate()
+    psutil.wait_procs(ranks)  # they may outlive a launcher that was told to stop as well
     return code
 
 

@@ -16,10 +16,13 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked = False
 
-    def listen(self) -> "StopRequest":
-        """From now on SIGTERM asks, and does nothing else. Only the main thread can call this."""
-        signal.signal(signal.SIGTERM, self._note)
+    def __enter__(self) -> "StopRequest":
+        """Within the block SIGTERM asks, and does nothing else. Only the main thread can do this."""
+        self._before = signal.signal(signal.SIGTERM, self._note)
         return self
+
+    def __exit__(self, *_exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, _number: int, _frame: FrameType | None) -> None:
         self.asked = True

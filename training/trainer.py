@@ -82,9 +82,7 @@ def _train_steps(
     return cursor
 
 
-def _finish(
-    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, num_parameters: int, rank: int
-) -> None:
+def _finish(prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, num_parameters: int, rank: int) -> None:
     """Evaluate and save the model."""
     budget = prepared.config.schedule.micro_batch_tokens
     figures = evaluate(engine, prepared.store, prepared.held_out, budget, rank)
@@ -118,9 +116,7 @@ def _fail_together(error: DecantError | None, cursor: Cursor) -> None:
     raise AgreedError(f"{first}. The run is saved at step {cursor.step}: mend that, and the same command goes on")
 
 
-def _refuse_rows(
-    step: Step, prefixes: Sequence[Prefix], prepared: Prepared, num_ranks: int, cursor: Cursor
-) -> None:
+def _refuse_rows(step: Step, prefixes: Sequence[Prefix], prepared: Prepared, num_ranks: int, cursor: Cursor) -> None:
     """Raise on every rank, with the rows of the micro-batches whose loss was not finite."""
     dealt = micro_batches(prefixes, num_ranks, prepared.config.schedule.micro_batch_tokens)
     rows = sorted(prefix.row for rank, i in step.not_finite for prefix in dealt[rank][i])

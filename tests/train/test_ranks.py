@@ -5,7 +5,6 @@ What needs two ranks is done by one pair of processes for all tests of this file
 
 import json
 import shutil
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from logit_store import LogitStore, open_store
+from logit_store import LogitStore
 from tests.students import LLAMA, StopAfter, metrics, on_two_ranks, run_here, student_config, weights
 from training.batches import BatchPlan, Cursor, Prefix
 from training.config import LossConfig, StudentConfig, TrainConfig
@@ -131,7 +130,8 @@ def damage_what_comes_late(store: LogitStore, copy: Path) -> str:
     from logit_store.config import parse_config
     from training.prepare import prepare
 
-    plan, cursor = prepare(parse_config(TrainConfig, student_config("unused", store.storage.root), "test")).plan, Cursor()
+    config = parse_config(TrainConfig, student_config("unused", store.storage.root), "test")
+    plan, cursor = prepare(config).plan, Cursor()
     first_use: dict[tuple[int, int], int] = {}
     while cursor.tokens_seen < 3800:
         prefixes, _, cursor = plan.next(cursor)
