@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from logit_store.config import parse_config
@@ -89,6 +90,17 @@ def _pieces(config: dict[str, Any]) -> Iterator[None]:
     while not finished:
         finished = run_here(config, StopAfter(1))
         yield
+
+
+def assert_same_run(folder: Path, quiet: Path, tolerance: float) -> None:
+    """Two runs took the same steps, with figures and final weights within a relative ``tolerance``."""
+    ours, theirs = metrics(folder), metrics(quiet)
+    for a, b in zip(ours, theirs, strict=True):
+        assert {k: a[k] for k in ("step", "tokens_seen")} == {k: b[k] for k in ("step", "tokens_seen")}
+        for key in ("loss", "kd", "ce", "gradient_norm"):
+            assert a.get(key) == (pytest.approx(b[key], rel=tolerance) if key in b else None), (key, a["step"])
+    for name, tensor in weights(quiet).items():
+        assert float((weights(folder)[name] - tensor).norm() / tensor.norm()) <= tolerance
 
 
 def on_two_ranks(function: Callable[[int], None]) -> None:

@@ -37,8 +37,12 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     optimizer has to be compiled and there is no compiler, or a value is left to the trainer of Hugging Face (`"auto"`).
     """
     path = config.deepspeed
-    user = without_auto(_read_json(path)) if path is not None else {}
+    user = _read_json(path) if path is not None else {}
+    user = {key: value for key, value in user.items() if value != "auto"}  # decided here
     _refuse_conflicts(user, config)
+    if "optimizer" in user:
+        user["optimizer"] = _filled(user["optimizer"], config.optimizer)
+    _refuse_auto(path, user)
     completed = {
         "optimizer": _adamw(config.optimizer, offloaded=_offloads(user)),
         "gradient_clipping": config.optimizer.gradient_clipping,  # DeepSpeed clips at 1.0 when it is absent
@@ -58,39 +62,18 @@ def zero_stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def without_auto(user: dict[str, Any]) -> dict[str, Any]:
-    """The JSON without the values that it leaves to its trainer by `"auto"`, where this trainer has one.
-
-    Raises ConfigError: `"auto"` stands where only the trainer of Hugging Face knows what to put.
-    """
-    optimizer = user.get("optimizer", {})
-    decided = {("gradient_clipping",), ("optimizer", "params", "lr"), *((key,) for key in OURS)}
-    decided |= {("optimizer", "params", key) for key in ("betas", "eps", "weight_decay")}
-    left = [path for path, value in _leaves(user) if value == "auto" and path not in decided]
-    if left:
-        raise ConfigError(
-            f'the DeepSpeed JSON leaves {", ".join(map(".".join, left))} to the trainer of Hugging Face ("auto"): '
-            "write a value, or leave it out"
-        )
-    kept = {key: value for key, value in user.items() if value != "auto"}
-    if isinstance(params := optimizer.get("params"), dict) and "auto" in params.values():
-        params = {key: value for key, value in params.items() if value != "auto"}
-        kept["optimizer"] = {**optimizer, "params": params}
-    return kept
-
-
 def _refuse_conflicts(user: dict[str, Any], config: TrainConfig) -> None:
     path, set_here = config.deepspeed, config.optimizer.model_fields_set
+    params = user.get("optimizer", {}).get("params", {})
     for key, owner in OURS.items():
         if key in user:
             raise ConfigError(f"{path}: {key!r} is decided by {owner} of the run's YAML: remove it from the JSON")
-    if "optimizer" in user and set_here & {"betas", "eps", "weight_decay"}:
+    if params.get("lr", "auto") != "auto":
+        raise ConfigError(f"{path}: optimizer.params.lr is decided by schedule.lr of the run's YAML: remove it")
+    if "optimizer" in user and any(params.get(key) != "auto" for key in set_here - {"gradient_clipping"}):
         raise ConfigError(f"{path} brings its own optimizer, and the run's YAML sets one too (optimizer): remove one")
     if "gradient_clipping" in user and "gradient_clipping" in set_here:
         raise ConfigError(f"gradient_clipping is in {path} and in the run's YAML (optimizer): remove one")
-    params = user.get("optimizer", {}).get("params", {})
-    if "lr" in params:
-        raise ConfigError(f"{path}: optimizer.params.lr is decided by schedule.lr of the run's YAML: remove it")
     if "load_universal" in user.get("checkpoint", {}):
         raise ConfigError(f"{path}: checkpoint.load_universal is decided by the run when it goes on: remove it")
     if _low_precision(user) and zero_stage(user) == 0:
@@ -102,6 +85,21 @@ def _refuse_conflicts(user: dict[str, Any], config: TrainConfig) -> None:
             f"{path}: optimizer {user['optimizer']['type']} is compiled on first use, and there is no C++ compiler "
             'here. Leave the optimizer to the run\'s YAML, or set "torch_adam": true in its params'
         )
+
+
+def _refuse_auto(path: str | None, user: dict[str, Any]) -> None:
+    left = [".".join(keys) for keys, value in _leaves(user) if value == "auto"]
+    if left:
+        raise ConfigError(
+            f'{path}: "auto" leaves {", ".join(left)} to the trainer of Hugging Face: write a value, or leave it out'
+        )
+
+
+def _filled(optimizer: dict[str, Any], ours: OptimizerConfig) -> dict[str, Any]:
+    """The JSON's optimizer, with ours for what it leaves to its trainer."""
+    values = {"lr": 0.0, **ours.model_dump(include={"betas", "eps", "weight_decay"})}
+    params = optimizer.get("params", {})
+    return {**optimizer, "params": {k: values.get(k, v) if v == "auto" else v for k, v in params.items()}}
 
 
 def _adamw(config: OptimizerConfig, offloaded: bool) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""`decant train`: check everything once, then let the `deepspeed` launcher start the ranks."""
+"""`decant train`: check everything once, then let the `deepspeed` launcher, or Ray Train, start the ranks."""
 
 import importlib.util
 import os
@@ -6,11 +6,15 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logit_store.config import load_config
 from logit_store.errors import ConfigError
 from training.config import TrainConfig
 from training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from training.run_folder import RunFolder
 
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
@@ -18,7 +22,6 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
 
     Raises ConfigError, StoreError, StudentError before any rank is started.
     """
-    from training.engine import free_port
     from training.prepare import prepare
     from training.run_folder import RunFolder
 
@@ -32,6 +35,26 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         return 0
     for warning in prepared.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    code = _on_ray(config) if config.launcher.kind == "ray" else _on_this_machine(config, config_path, overrides, run)
+    if code == 0 and (result := run.result()) is not None:
+        print(
+            f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
+            f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
+        )
+    return code
+
+
+def _on_ray(config: TrainConfig) -> int:
+    from training.ray_train import run_on_ray
+
+    run_on_ray(config)
+    return 0
+
+
+def _on_this_machine(config: TrainConfig, config_path: str, overrides: Sequence[str], run: "RunFolder") -> int:
+    """Run the `deepspeed` launcher; its exit code, or 0 where it was asked to stop and what was done is saved."""
+    from training.engine import free_port
+
     ranks = config.launcher.ranks
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())),
@@ -41,14 +64,7 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
     ]
     with StopRequest() as stop:
         code = _wait(subprocess.Popen(command, env=_environment(ranks)), stop)
-    if stop.asked and run.is_saved():
-        return 0  # the rank that saved it has said so
-    if code == 0 and (result := run.result()) is not None:
-        print(
-            f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
-            f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
-        )
-    return code
+    return 0 if stop.asked and run.is_saved() else code  # the rank that saved it has said so
 
 
 def _wait(launcher: "subprocess.Popen[bytes]", stop: StopRequest) -> int:

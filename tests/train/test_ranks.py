@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitStore
-from tests.students import LLAMA, StopAfter, metrics, on_two_ranks, run_here, student_config, weights
+from tests.students import LLAMA, StopAfter, assert_same_run, metrics, on_two_ranks, run_here, student_config
 from training.batches import BatchPlan, Cursor, Prefix
 from training.config import LossConfig, StudentConfig, TrainConfig
 from training.data import rank_batches
@@ -176,16 +176,6 @@ def test_the_engine_gives_the_exact_gradient_at_every_stage(
 ) -> None:
     assert_close(torch.load(pair / "gradients.pt")[stage], exact, 1e-5)
     assert_close(engine_gradient(store, 0, 1, 90, tmp_path, stage), exact, 1e-5)
-
-
-def assert_same_run(folder: Path, quiet: Path, tolerance: float) -> None:
-    ours, theirs = metrics(folder), metrics(quiet)
-    for a, b in zip(ours, theirs, strict=True):
-        assert {k: a[k] for k in ("step", "tokens_seen")} == {k: b[k] for k in ("step", "tokens_seen")}
-        for key in ("loss", "kd", "ce", "gradient_norm"):
-            assert a.get(key) == (pytest.approx(b[key], rel=tolerance) if key in b else None), (key, a["step"])
-    for name, tensor in weights(quiet).items():
-        assert float((weights(folder)[name] - tensor).norm() / tensor.norm()) <= tolerance
 
 
 @pytest.mark.parametrize(("name", "ranks"), [("one_bf16", "down"), ("three", "down"), ("two", "up"), ("three", "up")])
