@@ -10,7 +10,7 @@ class Checkpoints:
 
     def __init__(self, run: RunFolder, engine: Engine, rank: int, every_tokens: int | None) -> None:
         self.run, self.engine, self.rank, self.every_tokens = run, engine, rank, every_tokens
-        self._saved: Cursor | None = None
+        self._saved = Cursor()  # the start needs no file
 
     def resume(self) -> Cursor:
         """Load the newest checkpoint, whatever number of ranks wrote it; where it stands, or the start.
@@ -21,13 +21,15 @@ class Checkpoints:
         if pointer:
             self.engine.load(self.run.checkpoints, pointer["tag"], pointer["ranks"])
             self._saved = Cursor(**pointer["cursor"])
-        cursor = self._saved or Cursor()
         if self.rank == 0:
-            self.run.rewind(cursor.step)
-        return cursor
+            self.run.rewind(self._saved.step)
+        return self._saved
 
     def save(self, cursor: Cursor) -> None:
-        """Write a checkpoint of the state at ``cursor``, unless the newest is of it. Raises StudentError."""
+        """Write a checkpoint of the state at ``cursor``, unless the newest is of it, or nothing was done yet.
+
+        Raises StudentError.
+        """
         if cursor == self._saved:
             return
         tag = f"step{cursor.step}"

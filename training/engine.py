@@ -17,6 +17,9 @@ from logit_store.errors import ConfigError, StudentError
 from training.run_folder import writing
 from training.stop import AgreedError
 
+CONVERTIBLE = ("adam", "adamw")
+"""Optimizers whose checkpoints DeepSpeed converts: of others it drops weights without a word (seen with SGD)."""
+
 
 class Step(NamedTuple):
     """What an optimizer step was, the same on every rank."""
@@ -128,9 +131,15 @@ class Engine:
         Raises StudentError: it is not there, or cannot be converted.
         """
         if ranks != self.world_size and self.engine.zero_optimization_stage() > 0:
+            remedy = f"Go on with the {ranks} ranks that wrote it"
+            if self.engine.optimizer_name() not in CONVERTIBLE:
+                raise StudentError(
+                    f"checkpoint {folder / tag} is of {ranks} ranks, and DeepSpeed converts those of "
+                    f"{' and '.join(CONVERTIBLE)} alone, not of {self.engine.optimizer_name()}. {remedy}"
+                )
             problem = _to_universal(folder, tag) if torch.distributed.get_rank() == 0 else None
             if problem := same_on_all_ranks(problem):
-                raise StudentError(f"{problem}. Go on with the {ranks} ranks that wrote it")
+                raise StudentError(f"{problem}. {remedy}")
             tag = _universal(tag)
             self.engine._config.load_universal_checkpoint = True  # read by load_checkpoint alone
         path = self.engine.load_checkpoint(str(folder), tag=tag)[0] if (folder / tag).is_dir() else None

@@ -16,6 +16,9 @@ from training.stop import StopRequest
 if TYPE_CHECKING:
     from training.run_folder import RunFolder
 
+REFUSED = 2
+"""Exit code of a rank that met an error of ours, which it has printed."""
+
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
     """Check the config and its inputs, then run the ranks; their exit code.
@@ -64,7 +67,8 @@ def _on_this_machine(config: TrainConfig, config_path: str, overrides: Sequence[
     ]
     with StopRequest() as stop:
         code = _wait(subprocess.Popen(command, env=_environment(ranks)), stop)
-    return 0 if stop.asked and run.is_saved() else code  # the rank that saved it has said so
+    # Ranks that are told to stop before they listen, and a launcher that is told as well, do not end with 0.
+    return 0 if stop.asked and code != REFUSED and run.is_saved() else code
 
 
 def _wait(launcher: "subprocess.Popen[bytes]", stop: StopRequest) -> int:

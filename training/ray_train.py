@@ -30,8 +30,8 @@ def run_on_ray(config: TrainConfig) -> None:
     try:
         ray.init(launcher.address, runtime_env={"py_modules": _own_packages()}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"no Ray cluster answers at launcher.address {launcher.address!r}: {reason}") from error
+        why = " ".join(str(error).split())
+        raise ConfigError(f"no Ray cluster answers at launcher.address {launcher.address!r}: {why}") from error
     try:
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
         _check_room(launcher.ranks, "GPU" if use_gpu else "CPU", ray.cluster_resources())
@@ -47,7 +47,7 @@ def run_on_ray(config: TrainConfig) -> None:
         )
         trainer.fit()
     except TrainingFailedError as error:
-        raise StudentError(_reason(error)) from error
+        raise StudentError(reason(error)) from error
     finally:
         ray.shutdown()
         shutil.rmtree(notes, ignore_errors=True)
@@ -87,13 +87,12 @@ def _check_room(ranks: int, resource: str, have: dict[str, float]) -> None:
         raise ConfigError(f"launcher.ranks = {ranks}, but the cluster has {have.get(resource, 0):g} {resource}s")
 
 
-def _reason(error: Exception) -> str:
+def reason(error: Exception) -> str:
     """What the first worker that failed said: our own errors are for people already."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        for cause in (failure, getattr(failure, "cause", None)):
-            if isinstance(cause, DecantError):
-                return str(cause)
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
+        if isinstance(cause, DecantError):
+            return str(cause)
     return f"Ray Train gave up: {' '.join(str(error).split())[:2000]}"
 
 

@@ -90,9 +90,10 @@ class RunFolder:
         return self._read(POINTER)
 
     def is_saved(self) -> bool:
-        """Whether the newest checkpoint holds every step that was taken."""
+        """Whether the newest checkpoint holds every step that was taken: true of none."""
         pointer = self.checkpoint()
-        return pointer is not None and pointer["cursor"]["step"] == max(map(_step_of, self._lines()), default=0)
+        saved = pointer["cursor"]["step"] if pointer else 0
+        return bool(saved == max(map(_step_of, self._lines()), default=0))
 
     def point_to(self, tag: str, cursor: dict[str, int], ranks: int) -> None:
         """Make ``tag`` the checkpoint to resume from, then remove older ones."""

@@ -148,6 +148,13 @@ def test_gradient_checkpointing_changes_nothing(store: LogitStore, one_rank: Non
     assert metrics(tmp_path / "kept") == metrics(tmp_path / "recomputed")
 
 
+def test_a_checkpoint_that_other_ranks_cannot_load_is_refused(one_rank: None, tmp_path: Path) -> None:
+    engine = make_engine(tmp_path, {"zero_optimization": {"stage": 2}, "optimizer": {"type": "SGD", "params": {}}})
+    engine.save(tmp_path, "step1")
+    with pytest.raises(StudentError, match=r"is of 2 ranks.* not of SGD. Go on with the 2 ranks"):
+        engine.load(tmp_path, "step1", 2)
+
+
 # Numbers that are none
 
 

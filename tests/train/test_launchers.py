@@ -12,12 +12,13 @@ import pytest
 
 from logit_store import LogitStore
 from logit_store.config import parse_config
-from logit_store.errors import ConfigError
+from logit_store.errors import ConfigError, StudentError
 from tests.namespaces import namespaces, needs_root
 from tests.ray_node import BIN, ray_node, token_environment, wait_until
 from tests.students import assert_same_run, metrics, run_here, student_config
 from tests.toy import ROOT, write_yaml
 from training.config import TrainConfig
+from training.ray_train import reason
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +107,15 @@ def ranks_of(token: str) -> list[psutil.Process]:
     """Workers of Ray Train in the cluster that has this token: other clusters may run on this machine."""
     found = [process for process in psutil.process_iter() if "RayTrainWorker" in " ".join(process.cmdline())]
     return [process for process in found if process.environ().get("RAY_AUTH_TOKEN") == token]
+
+
+def test_an_error_of_ours_on_ray_is_told_as_it_is() -> None:
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    wrapped = UserExceptionWithTraceback(StudentError("rows of the batch: [7]"), "Traceback …")
+    assert reason(WorkerGroupError("worker 1 failed", {1: wrapped})) == "rows of the batch: [7]"
+    assert "worker 1 failed" in reason(WorkerGroupError("worker 1 failed", {1: RuntimeError("killed")}))
 
 
 def test_ray_has_to_be_told_where_and_how_many(store: LogitStore, tmp_path: Path) -> None:
