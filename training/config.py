@@ -348,10 +348,26 @@ class WatchConfig(Config):
 
 
 class LauncherConfig(Config):
-    """How `decant train` starts ranks on this machine (several machines: the `deepspeed` command itself)."""
+    """How `decant train` starts ranks: on this machine, or on a Ray cluster (without Ray, several machines need the
+    `deepspeed` command itself).
+    """
 
+    kind: Literal["deepspeed", "ray"] = "deepspeed"
+    """`deepspeed`: its launcher, here. `ray`: workers of Ray Train on a cluster that is running."""
     ranks: int | None = Field(None, ge=1)
-    """Ranks; every GPU where it is not given, one without a GPU."""
+    """Ranks; with `deepspeed` every GPU where it is not given, one without a GPU. `ray` has to be told."""
+    address: str | None = None
+    """ray: the cluster, e.g. HEAD:6379, or `auto` on one of its nodes."""
+    restarts: int = Field(0, ge=0)
+    """ray: how often ranks that died are started again; they go on from the newest checkpoint."""
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> Self:
+        if self.kind == "ray" and (self.address is None or self.ranks is None):
+            raise ValueError("kind ray needs `address` (a cluster that is running) and `ranks`")
+        if self.kind == "deepspeed" and (self.address is not None or self.restarts):
+            raise ValueError("`address` and `restarts` belong to kind ray")
+        return self
 
 
 class TrainConfig(Config):

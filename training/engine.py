@@ -1,74 +1,38 @@
 """The DeepSpeed engine. Only this file imports deepspeed."""
 
-import json
+import math
 import os
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from logit_store.errors import ConfigError, StudentError
-from training.config import OptimizerConfig, TrainConfig
 from training.run_folder import writing
+from training.stop import AgreedError
 
-OURS = {
-    "train_batch_size": "schedule.tokens_per_step",
-    "train_micro_batch_size_per_gpu": "schedule.micro_batch_tokens",
-    "gradient_accumulation_steps": "schedule.tokens_per_step and schedule.micro_batch_tokens",
-    "scheduler": "schedule",
-    "curriculum_learning": "curriculum",
-    "data_efficiency": "curriculum",
-}
-"""Keys of a DeepSpeed JSON that this trainer decides, and by which keys of its own."""
+CONVERTIBLE = ("adam", "adamw")
+"""Optimizers whose checkpoints DeepSpeed converts: of others it drops weights without a word (seen with SGD)."""
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
-    """The user's DeepSpeed JSON completed by what is ours.
+class Update(NamedTuple):
+    """What an optimizer step was, the same on every rank."""
 
-    Raises ConfigError: the file is not there or not JSON, or both configs claim the same thing.
-    """
-    path = config.deepspeed
-    user = _read_json(path) if path is not None else {}
-    for key, owner in OURS.items():
-        if key in user:
-            raise ConfigError(f"{path}: {key!r} is decided by {owner} of the run's YAML: remove it from the JSON")
-    set_here = config.optimizer.model_fields_set
-    if "optimizer" in user and set_here & {"betas", "eps", "weight_decay"}:
-        raise ConfigError(f"{path} brings its own optimizer, and the run's YAML sets one too (optimizer): remove one")
-    if "gradient_clipping" in user and "gradient_clipping" in set_here:
-        raise ConfigError(f"gradient_clipping is in {path} and in the run's YAML (optimizer): remove one")
-    if "lr" in user.get("optimizer", {}).get("params", {}):
-        raise ConfigError(f"{path}: optimizer.params.lr is decided by schedule.lr of the run's YAML: remove it")
-    return {
-        "optimizer": _adamw(config.optimizer),
-        "gradient_clipping": config.optimizer.gradient_clipping,  # DeepSpeed clips at 1.0 when it is absent
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": 2**31,
-        **user,
-        "train_micro_batch_size_per_gpu": 1,  # never used: batches are counted in tokens, and losses normalised here
-        "gradient_accumulation_steps": 1,
-    }
-
-
-def _adamw(config: OptimizerConfig) -> dict[str, Any]:
-    # torch's AdamW: DeepSpeed's fused one is compiled on first use, and there may be no compiler.
-    params = {"lr": 0.0, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
-    return {"type": "AdamW", "params": {**params, "torch_adam": True}}
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"DeepSpeed config {path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"DeepSpeed config {path} cannot be read as JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"DeepSpeed config {path} must be a JSON object")
-    return value
+    terms: dict[str, float]
+    """Loss and its parts per position of the global batch; NaN or infinite where the loss was not finite."""
+    gradient_norm: float
+    """Of the global batch, before clipping."""
+    applied: bool
+    """Whether weights changed: not where a float16 gradient overflowed, which DeepSpeed answers with a smaller scale,
+    and never where the loss was not finite."""
+    not_finite: list[tuple[int, int]]
+    """Rank and number of every micro-batch whose loss was not finite."""
 
 
 class Engine:
@@ -87,14 +51,15 @@ class Engine:
         self.device = self.engine.device
         self.world_size = torch.distributed.get_world_size()
 
-    def step(
-        self, micro_batches: Sequence[Any], num_positions: int, learning_rate: float
-    ) -> tuple[dict[str, float], float]:
-        """One optimizer step over this rank's micro-batches; global loss terms per position, and gradient norm.
+    def step(self, micro_batches: Sequence[Any], num_positions: int, learning_rate: float) -> Update:
+        """One optimizer step over this rank's micro-batches, of which every rank has the same number.
 
         ``num_positions`` counts the loss-carrying positions of the global batch. The engine averages
         gradients over ranks, so each rank's sum is scaled by ranks / positions: the result is the same for
-        any number of ranks and micro-batches.
+        any number of ranks and micro-batches. A loss that is not finite leaves the weights as they are.
+
+        Raises StudentError: the gradient is not finite, although the loss is (weights are lost then); a float16
+        loss scale cannot fall any further.
         """
         engine = self.engine
         for group in engine.optimizer.param_groups:
@@ -105,15 +70,39 @@ class Engine:
             sums = engine(batch.to(self.device))
             engine.backward(sums.loss / num_positions * self.world_size, scale_wrt_gas=False)
             parts.append(torch.stack([term.detach().double() for term in sums]))
-        # Without ZeRO and loss scaling DeepSpeed does not tell the norm; gradients are whole and reduced by now.
-        tells_norm = hasattr(engine.optimizer, "_global_grad_norm")
-        own_norm = None if tells_norm else nn.utils.get_total_norm(_gradients(engine.module))
-        engine.step()
-        totals = torch.stack(parts).sum(0)
-        torch.distributed.all_reduce(totals)
-        terms = dict(zip(sums._fields, (totals / num_positions).tolist(), strict=True))
-        norm = engine.get_global_grad_norm() if tells_norm else own_norm
-        return terms, float(norm) if norm is not None else float("nan")
+        totals_MX = torch.stack(parts)  # a row of terms per micro-batch
+        totals_X = totals_MX.sum(0)
+        torch.distributed.all_reduce(totals_X)
+        terms = dict(zip(sums._fields, (totals_X / num_positions).tolist(), strict=True))
+        if not all(map(math.isfinite, terms.values())):
+            return Update(terms, math.nan, False, self._not_finite(totals_MX))
+        norm = self._update()
+        return Update(terms, norm, bool(engine.was_step_applied()), [])
+
+    def _update(self) -> float:
+        """Apply the gradients; their norm. Raises StudentError."""
+        engine, norm = self.engine, None
+        if engine.zero_optimization_stage() == 0:  # DeepSpeed does not measure it there
+            gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+        try:
+            engine.step()
+        except Exception as error:
+            if "minimum - cannot decrease scale" not in str(error):  # DeepSpeed raises a bare Exception
+                raise
+            raise StudentError("float16 gradients overflow at the smallest loss scale: use bf16") from error
+        if not engine.was_step_applied():
+            return math.inf  # a float16 gradient overflowed
+        norm = float(engine.get_global_grad_norm() if norm is None else norm)
+        if not math.isfinite(norm):
+            raise StudentError(f"the gradient is not finite (norm {norm}) although the loss is")
+        return norm
+
+    def _not_finite(self, totals_MX: Tensor) -> list[tuple[int, int]]:
+        bad_M = (~totals_MX.isfinite().all(-1)).to(torch.int32)
+        of_ranks = [torch.empty_like(bad_M) for _ in range(self.world_size)]
+        torch.distributed.all_gather(of_ranks, bad_M)
+        return [(rank, i) for rank, bad in enumerate(of_ranks) for i in bad.nonzero()[:, 0].tolist()]
 
     def sum_over_ranks(self, values: Sequence[float]) -> list[float]:
         """Sums of numbers that every rank has its own of; every rank calls this."""
@@ -142,17 +131,27 @@ class Engine:
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         torch.distributed.barrier()
 
-    def load(self, folder: Path, tag: str) -> None:
-        """Restore a checkpoint; every rank calls this. Raises StudentError when it is not there."""
+    def load(self, folder: Path, tag: str, ranks: int) -> None:
+        """Restore a checkpoint that ``ranks`` ranks wrote; every rank calls this.
+
+        ZeRO splits the optimizer's state by ranks: where there are more or fewer now, rank 0 converts it first.
+        Raises StudentError: it is not there, or cannot be converted.
+        """
+        if ranks != self.world_size and self.engine.zero_optimization_stage() > 0:
+            remedy = f"Go on with the {ranks} ranks that wrote it"
+            if self.engine.optimizer_name() not in CONVERTIBLE:
+                raise StudentError(
+                    f"checkpoint {folder / tag} is of {ranks} ranks, and DeepSpeed converts those of "
+                    f"{' and '.join(CONVERTIBLE)} alone, not of {self.engine.optimizer_name()}. {remedy}"
+                )
+            problem = _to_universal(folder, tag) if torch.distributed.get_rank() == 0 else None
+            if problem := same_on_all_ranks(problem):
+                raise StudentError(f"{problem}. {remedy}")
+            tag = _universal(tag)
+            self.engine._config.load_universal_checkpoint = True  # read by load_checkpoint alone
         path = self.engine.load_checkpoint(str(folder), tag=tag)[0] if (folder / tag).is_dir() else None
         if path is None:
             raise StudentError(f"checkpoint {folder / tag} is gone: delete the run's directory to start again")
-
-    def same_on_all_ranks(self, value: Any) -> Any:
-        """What rank 0 gave, on every rank: others may see files late, or not at all."""
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0)
-        return values[0]
 
     def whole_weights(self) -> AbstractContextManager[Any]:
         """Within the block, rank 0 sees the module's weights whole, also under ZeRO-3."""
@@ -169,23 +168,45 @@ class Engine:
         return self.engine.module
 
 
-def _gradients(module: nn.Module) -> list[Tensor]:
-    return [parameter.grad for parameter in module.parameters() if parameter.grad is not None]
+@contextmanager
+def process_group() -> Iterator[int]:
+    """Within the block, this process is one of the ranks that the launcher started (alone where none did): which.
 
-
-def init_process_group() -> None:
-    """Join the ranks that the launcher started; alone where none did. NCCL on GPUs, gloo without."""
-    defaults = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    NCCL on GPUs, gloo without. A group that is there already (Ray Train makes one) is used, and left as it is. On an
+    error that this rank alone met, the others are not waited for: the launcher ends them.
+    """
+    if torch.distributed.is_initialized():
+        _quieten()
+        yield torch.distributed.get_rank()
+        return
     if "RANK" not in os.environ:
-        os.environ.update(defaults | {"MASTER_PORT": str(free_port())})
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+        os.environ.update(alone | {"MASTER_PORT": str(free_port())})
     import deepspeed
 
-    if not torch.cuda.is_available():
-        # Built by a C++ compiler at every first start and needed by nothing here: gloo does the reductions.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    else:
+    _quieten()
+    if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    try:
+        yield torch.distributed.get_rank()
+    except AgreedError:
+        _leave()
+        raise
+    _leave()
+
+
+def _quieten() -> None:
+    """On CPUs, keep DeepSpeed from compiling at every first start what nothing here needs: gloo does the reductions."""
+    if not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _leave() -> None:
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def free_port() -> int:
@@ -195,3 +216,48 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+def same_on_all_ranks(value: Any) -> Any:
+    """What rank 0 gave, on every rank: others may see files late, or not at all."""
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather(value: Any) -> list[Any]:
+    """What each rank gave, on every rank."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:
+    """Of each flag, whether any rank has it set."""
+    flags_X = torch.tensor(flags, dtype=torch.int32, device=device)
+    torch.distributed.all_reduce(flags_X, torch.distributed.ReduceOp.MAX)
+    return [bool(flag) for flag in flags_X.tolist()]
+
+
+def _universal(tag: str) -> str:
+    return f"{tag}_universal"
+
+
+def _to_universal(folder: Path, tag: str) -> str | None:
+    """Write a checkpoint again in DeepSpeed's universal form, which any number of ranks can load.
+
+    What is wrong, or None. A process of its own: DeepSpeed's converter forks workers, which no process with GPUs
+    or threads of a process group should do.
+    """
+    source, target, unfinished = folder / tag, folder / _universal(tag), folder / f"{tag}_converting"
+    if target.is_dir():
+        return None
+    shutil.rmtree(unfinished, ignore_errors=True)
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
+    command += ["--input_folder", str(source), "--output_folder", str(unfinished)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        return f"DeepSpeed cannot convert checkpoint {source} for another number of ranks: {reason}"
+    unfinished.rename(target)
+    return None

@@ -16,24 +16,28 @@ from training.source import Source
 class Step(NamedTuple):
     """What one step of one rank trains on."""
 
-    prefixes: list[Prefix]
-    """Of all ranks."""
+    dealt: list[list[list[Prefix]]]
+    """The prefixes of each micro-batch of each rank."""
     length: int
     """Longest prefix that the curriculum allows."""
-    cursor: Cursor
-    """Where the run stands after it."""
     padding: float
     """Share of padded positions, of all ranks."""
+    cursor: Cursor
+    """Where the run stands after it, as far as the plan alone knows."""
     batches: list[MicroBatch]
     """Of this rank."""
     wait_s: float
     """Seconds that nothing was done but wait for them."""
 
+    @property
+    def prefixes(self) -> list[Prefix]:
+        """Of all ranks."""
+        return [prefix for of_rank in self.dealt for group in of_rank for prefix in group]
+
 
 class _Ahead(NamedTuple):
     before: Cursor
-    planned: tuple[list[Prefix], int, Cursor]
-    padding: float
+    step: Step
     batches: list[Future[MicroBatch]]
 
 
@@ -67,26 +71,27 @@ class Feed:
         if not self._ahead or self._ahead[0].before != cursor:
             self._drop()
             self._begin(cursor)
-        step = self._ahead.popleft()
-        self._read_on(step.planned[-1])
+        first = self._ahead.popleft()
+        self._read_on(first.step.cursor)
         started = time.monotonic()
-        batches = [future.result() for future in step.batches]
-        return Step(*step.planned, step.padding, batches, time.monotonic() - started)
+        batches = [future.result() for future in first.batches]
+        return first.step._replace(batches=batches, wait_s=time.monotonic() - started)
 
     def _read_on(self, cursor: Cursor) -> None:
         """Begin as many of the steps that follow as the config says, up to the last of the run."""
         while self.plan.can_run_ahead and len(self._ahead) < self.config.data.ahead:
-            cursor = self._ahead[-1].planned[-1] if self._ahead else cursor
+            cursor = self._ahead[-1].step.cursor if self._ahead else cursor
             if cursor.tokens_seen >= self.config.schedule.total_tokens:
                 return
             self._begin(cursor)
 
     def _begin(self, cursor: Cursor) -> None:
-        planned = prefixes, length, _ = self.plan.next(cursor)
+        prefixes, length, after = self.plan.next(cursor)
         cap = min(length, self.plan.longest)  # padding must not go beyond the student's context either
         dealt = micro_batches(prefixes, self.num_ranks, self.config.schedule.micro_batch_tokens, cap)
+        step = Step(dealt, length, padding_share(dealt, cap), after, [], 0.0)
         batches = [self._pool.submit(self._read, group, cap) for group in dealt[self.rank]]
-        self._ahead.append(_Ahead(cursor, planned, padding_share(dealt, cap), batches))
+        self._ahead.append(_Ahead(cursor, step, batches))
 
     def _read(self, prefixes: list[Prefix], length: int) -> MicroBatch:
         batch = collate(self.source, prefixes, length, self.config.loss.needs_labels)

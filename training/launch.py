@@ -1,4 +1,4 @@
-"""`decant train`: check everything once, then let the `deepspeed` launcher start the ranks."""
+"""`decant train`: check everything once, then let the `deepspeed` launcher, or Ray Train, start the ranks."""
 
 import importlib.util
 import os
@@ -6,10 +6,18 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from logit_store.config import load_config
 from logit_store.errors import ConfigError
 from training.config import TrainConfig
+from training.stop import StopRequest
+
+if TYPE_CHECKING:
+    from training.run_folder import RunFolder
+
+REFUSED = 2
+"""Exit code of a rank that met an error of ours, which it has printed."""
 
 
 def launch(config_path: str, overrides: Sequence[str]) -> int:
@@ -17,7 +25,6 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
 
     Raises ConfigError, StoreError, StudentError before any rank is started.
     """
-    from training.engine import free_port
     from training.prepare import prepare
     from training.run_folder import RunFolder
 
@@ -31,6 +38,26 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         return 0
     for warning in prepared.warnings:
         print(f"warning: {warning}", file=sys.stderr)
+    code = _on_ray(config) if config.launcher.kind == "ray" else _on_this_machine(config, config_path, overrides, run)
+    if code == 0 and (result := run.result()) is not None:
+        print(
+            f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
+            f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
+        )
+    return code
+
+
+def _on_ray(config: TrainConfig) -> int:
+    from training.ray_train import run_on_ray
+
+    run_on_ray(config)
+    return 0
+
+
+def _on_this_machine(config: TrainConfig, config_path: str, overrides: Sequence[str], run: "RunFolder") -> int:
+    """Run the `deepspeed` launcher; its exit code, or 0 where it was asked to stop and what was done is saved."""
+    from training.engine import free_port
+
     ranks = config.launcher.ranks
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())),
@@ -38,12 +65,31 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         *("--quiet", "--log_level", "error"),
         *("--module", "training", "train", config_path, *overrides),
     ]
-    code = subprocess.run(command, env=_environment(ranks), check=False).returncode
-    if code == 0 and (result := run.result()) is not None:
-        print(
-            f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
-            f"({result['tokens_per_s']:,.0f} tok/s); model in {run.model}"
-        )
+    with StopRequest() as stop:
+        code = _wait(subprocess.Popen(command, env=_environment(ranks)), stop)
+    # Ranks that are told to stop before they listen, and a launcher that is told as well, do not end with 0.
+    return 0 if stop.asked and code != REFUSED and run.is_saved() else code
+
+
+def _wait(launcher: "subprocess.Popen[bytes]", stop: StopRequest) -> int:
+    """The exit code of the `deepspeed` launcher. A request to stop goes to the ranks alone.
+
+    The launcher has two processes, the second of which starts the ranks. On SIGTERM the first would end at once, and
+    the second report a failure, whatever its ranks do.
+    """
+    import psutil
+
+    ranks: list[psutil.Process] = []
+    while True:
+        try:
+            code = launcher.wait(timeout=0.2)
+            break
+        except subprocess.TimeoutExpired:
+            if stop.asked and not ranks:
+                ranks = [rank for second in psutil.Process(launcher.pid).children() for rank in second.children()]
+                for rank in ranks:
+                    rank.terminate()
+    psutil.wait_procs(ranks)  # they may outlive a launcher that was told to stop as well
     return code
 
 

@@ -22,12 +22,17 @@ class Mixing(nn.Module):
         """Weight of the soft labels."""
         return towards(self.loss.alpha, self.loss.alpha_schedule, self.tokens_seen)
 
-    def forward(self) -> float | Tensor:
+    def temperature(self) -> float | Tensor:
         """T; as a tensor [] whose gradient is reversed, where it is learned."""
+        if self.loss.learned_temperature is not None:
+            return self()  # through __call__: under ZeRO-3 its hooks gather the parameter
+        self.last_temperature = towards(self.loss.temperature, self.loss.temperature_schedule, self.tokens_seen)
+        return self.last_temperature
+
+    def forward(self) -> Tensor:
+        """The learned T. ZeRO-3's hooks take tensors only."""
         learned = self.loss.learned_temperature
-        if learned is None:
-            self.last_temperature = towards(self.loss.temperature, self.loss.temperature_schedule, self.tokens_seen)
-            return self.last_temperature
+        assert learned is not None
         assert self.weight is not None
         growing = TowardsConfig(kind="cosine", to=1.0, over_tokens=learned.over_tokens)
         width = (learned.high - learned.low) * towards(0.0, growing, self.tokens_seen)

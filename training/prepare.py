@@ -7,7 +7,7 @@ from training.attention import check_attention
 from training.batches import BatchPlan, Prefix
 from training.check_loss import check_loss
 from training.config import TrainConfig
-from training.engine import deepspeed_config
+from training.engine_config import deepspeed_config
 from training.evaluation import held_out_prefixes
 from training.models import check_architecture, check_tokenizer
 from training.plan import custom_identity, make_plan, plan_warnings

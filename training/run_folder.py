@@ -90,6 +90,12 @@ class RunFolder:
         """Tag and cursor of the newest complete checkpoint."""
         return self._read(POINTER)
 
+    def is_saved(self) -> bool:
+        """Whether the newest checkpoint holds every step that was taken: true of none."""
+        pointer = self.checkpoint()
+        saved = pointer["cursor"]["step"] if pointer else 0
+        return bool(saved == max(map(_step_of, self._lines()), default=0))
+
     def point_to(self, tag: str, cursor: dict[str, int], ranks: int) -> None:
         """Make ``tag`` the checkpoint to resume from, then remove older ones."""
         self._replace(POINTER, json.dumps({"tag": tag, "cursor": cursor, "ranks": ranks}))
@@ -104,14 +110,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
-        path = self.path / METRICS
-        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+        return [json.loads(line) for line in self._lines()]
 
     def rewind(self, step: int) -> None:
         """Drop metrics of steps after ``step``: a resumed run takes them again."""
-        path = self.path / METRICS
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= step]
+        kept = [line for line in self._lines() if _step_of(line) <= step]
         self._replace(METRICS, "".join(line + "\n" for line in kept))
 
     def tracker_id(self, tracker: str, new: Callable[[], str]) -> str:
@@ -121,6 +124,10 @@ class RunFolder:
             ids[tracker] = new()
             self._replace(TRACKERS, json.dumps(ids))
         return str(ids[tracker])
+
+    def _lines(self) -> list[str]:
+        path = self.path / METRICS
+        return path.read_text().splitlines() if path.exists() else []
 
     def _read(self, name: str) -> dict[str, Any] | None:
         path = self.path / name

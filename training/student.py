@@ -55,7 +55,7 @@ class Student(nn.Module):
         hidden_ND = self._hidden(batch)
         if not self.training:
             return Predictions(*self.head.apply(partial(self._predictions, batch), hidden_ND))
-        objective = self.objective._replace(alpha=self.mixing.alpha, temperature=self.mixing())
+        objective = self.objective._replace(alpha=self.mixing.alpha, temperature=self.mixing.temperature())
         return LossSums.of(self.head.apply(partial(self._losses, batch, objective), hidden_ND))
 
     def _hidden(self, batch: MicroBatch) -> Tensor:

@@ -1,27 +1,30 @@
 """One rank of `decant train`: build, step until the tokens are spent, evaluate, save."""
 
-import math
-
 import numpy as np
 import torch
 
-from logit_store.errors import StudentError
+from logit_store.errors import DecantError
 from training.batches import Cursor
+from training.checkpoints import Checkpoints, crossed
 from training.config import TrainConfig
-from training.engine import Engine, init_process_group
+from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
 from training.evaluation import Figures, evaluate
-from training.feed import Feed
-from training.flops import ModelFlops, model_flops
+from training.feed import Feed, Step
+from training.flops import model_flops
 from training.models import build_student, save_tokenizer
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder, writing
 from training.schedules import learning_rate
+from training.stop import AgreedError, StopRequest
 from training.student import Student
 from training.watcher import Watcher
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
     """Run this rank to the end. Another run of the same config goes on from its newest checkpoint.
+
+    Where any rank is asked to stop, all of them write a checkpoint after the step that they are in, and this
+    returns where it stands; None when the run is finished.
 
     Raises ConfigError, StoreError, StudentError.
     """
@@ -29,18 +32,75 @@ def train(config: TrainConfig) -> None:
     run = RunFolder(config.run.path)
     run.check(config, prepared.identity)
     if run.result() is not None:
-        return
+        return None
     vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
     longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
     model = build_student(config.student, vocabulary_size, longest, config.run.seed)
     num_parameters, flops = sum(p.numel() for p in model.parameters()), model_flops(model)
-    init_process_group()
-    rank = torch.distributed.get_rank()
     student = Student(model, vocabulary_size, config.loss, prepared.source.temperatures, config.student.attention)
-    engine = Engine(student, prepared.engine_config)
-    if rank == 0:
-        run.begin(config, prepared.identity)
-    cursor, figures = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank, flops)
+    with process_group() as rank:
+        engine = Engine(student, prepared.engine_config)
+        if rank == 0:
+            run.begin(config, prepared.identity)
+        checkpoints = Checkpoints(run, engine, rank, config.checkpoint.every_tokens)
+        cursor = checkpoints.resume()
+        with Watcher(run, config, cursor, rank, flops, engine) as watch:
+            cursor = _train_steps(prepared, engine, checkpoints, watch, cursor, stop)
+            if cursor.tokens_seen < config.schedule.total_tokens:
+                return cursor
+            figures = _evaluate(prepared, engine, watch, cursor)
+        _save(prepared, run, engine, cursor, figures, num_parameters, rank)
+    return None
+
+
+def _train_steps(
+    prepared: Prepared, engine: Engine, checkpoints: Checkpoints, watch: Watcher, cursor: Cursor, stop: StopRequest
+) -> Cursor:
+    """Step until the tokens are spent, or a rank is asked to stop; where the run stands then."""
+    config, schedule = prepared.config, prepared.config.schedule
+    mixing, rank = engine.module.mixing, checkpoints.rank
+    engine.module.train()
+    with Feed(config, prepared.source, prepared.plan, engine.world_size, rank) as feed:
+        while cursor.tokens_seen < schedule.total_tokens:
+            before = cursor
+            step, error = _read(feed, before)
+            asked, failed = any_rank([stop.asked, error is not None], engine.device)
+            if asked or failed:
+                checkpoints.save(before)
+                if failed:
+                    _fail_together(error, before)
+                return before
+            assert step is not None
+            cursor = step.cursor
+            mixing.tokens_seen = before.tokens_seen
+            # A pure function of seed, step and rank: a resumed run needs no saved generator state.
+            torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
+            rate = learning_rate(schedule, cursor.tokens_seen)
+            update = engine.step(step.batches, cursor.tokens_seen - before.tokens_seen, rate)
+            if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
+                cursor = prepared.plan.paced(before, cursor, same_on_all_ranks(update.gradient_norm))
+            settings = {"lr": rate, "alpha": mixing.alpha, "temperature": mixing.last_temperature}
+            settings |= {"clock": cursor.clock, "gradient_norm": update.gradient_norm}
+            watch.step(step, {**update.terms, **settings, "skipped": float(not update.applied)})
+            if update.not_finite:
+                _refuse_rows(update, step)
+            if crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
+                _evaluate(prepared, engine, watch, cursor)
+            checkpoints.save_if_due(before, cursor)
+    return cursor
+
+
+def _evaluate(prepared: Prepared, engine: Engine, watch: Watcher, cursor: Cursor) -> Figures:
+    budget = prepared.config.schedule.micro_batch_tokens
+    figures = evaluate(engine, prepared.source, prepared.held_out, budget, watch.rank)
+    watch.evaluation(cursor, figures)
+    return figures
+
+
+def _save(
+    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, figures: Figures, num_parameters: int, rank: int
+) -> None:
+    """Save the model, and then the figures, which mark the run as finished."""
     with engine.whole_weights():
         if rank == 0:
             with writing(run.model):
@@ -51,64 +111,23 @@ def train(config: TrainConfig) -> None:
         progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
         rate = cursor.tokens_seen / seconds
         run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
-def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:
-    pointer = engine.same_on_all_ranks(run.checkpoint() if rank == 0 else None)
-    cursor = Cursor(**pointer["cursor"]) if pointer else Cursor()
-    if pointer:
-        if pointer["ranks"] != engine.world_size:
-            raise StudentError(
-                f"the checkpoint in {run.path} was made by {pointer['ranks']} ranks, and these are "
-                f"{engine.world_size}: go on with launcher.ranks={pointer['ranks']}"
-            )
-        engine.load(run.checkpoints, pointer["tag"])
-    if rank == 0:
-        run.rewind(cursor.step)
-    torch.distributed.barrier()
-    return cursor
+def _read(feed: Feed, cursor: Cursor) -> tuple[Step | None, DecantError | None]:
+    """This rank's share of a step, or why it cannot be read: the others must not wait for this rank for ever."""
+    try:
+        return feed.next(cursor), None
+    except DecantError as error:
+        return None, error
 
 
-def _train_steps(
-    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, rank: int, flops: ModelFlops
-) -> tuple[Cursor, Figures]:
-    """Step until the tokens are spent: where the run stands then, and its last held-out figures."""
-    config, schedule, source = prepared.config, prepared.config.schedule, prepared.source
-    engine.module.train()
-    mixing = engine.module.mixing
-    with (
-        Watcher(run, config, cursor, rank, flops, engine) as watch,
-        Feed(config, source, prepared.plan, engine.world_size, rank) as feed,
-    ):
-        while cursor.tokens_seen < schedule.total_tokens:
-            before = cursor
-            step = feed.next(cursor)
-            cursor = step.cursor
-            mixing.tokens_seen = before.tokens_seen
-            # A pure function of seed, step and rank: a resumed run needs no saved generator state.
-            torch.manual_seed(int(np.random.SeedSequence([config.run.seed, cursor.step, rank]).generate_state(1)[0]))
-            rate = learning_rate(schedule, cursor.tokens_seen)
-            terms, norm = engine.step(step.batches, cursor.tokens_seen - before.tokens_seen, rate)
-            if not prepared.plan.can_run_ahead:  # ranks must agree to the bit where the next step depends on it
-                cursor = prepared.plan.paced(before, cursor, engine.same_on_all_ranks(norm))
-            settings = {"lr": rate, "alpha": mixing.alpha, "temperature": mixing.last_temperature}
-            settings |= {"sequence_length": step.length, "padding": step.padding, "clock": cursor.clock}
-            watch.step(step, {**terms, **settings, "gradient_norm": norm})
-            if not all(map(math.isfinite, terms.values())):
-                rows = [prefix.row for prefix in step.prefixes]
-                raise StudentError(f"the loss is not finite at step {cursor.step}; rows of the batch: {rows}")
-            if _crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
-                watch.evaluation(cursor, evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank))
-            if _crossed(config.checkpoint.every_tokens, before, cursor):
-                engine.save(run.checkpoints, f"step{cursor.step}")
-                if rank == 0:
-                    run.point_to(f"step{cursor.step}", cursor._asdict(), engine.world_size)
-        figures = evaluate(engine, source, prepared.held_out, schedule.micro_batch_tokens, rank)
-        watch.evaluation(cursor, figures)
-    return cursor, figures
+def _fail_together(error: DecantError | None, cursor: Cursor) -> None:
+    """Raise on every rank what the first failing one met."""
+    first = next(found for found in gather(str(error) if error else None) if found is not None)
+    raise AgreedError(f"{first}. The run is saved at step {cursor.step}: mend that, and the same command goes on")
 
 
-def _crossed(every: int | None, before: Cursor, after: Cursor) -> bool:
-    return every is not None and before.tokens_seen // every != after.tokens_seen // every
+def _refuse_rows(update: Update, step: Step) -> None:
+    """Raise on every rank, with the rows of the micro-batches whose loss was not finite."""
+    rows = sorted(prefix.row for rank, i in update.not_finite for prefix in step.dealt[rank][i])
+    raise AgreedError(f"the loss is not finite at step {step.cursor.step}; rows of the batch: {rows}")

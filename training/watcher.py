@@ -53,7 +53,14 @@ class Watcher:
         self.cursor, self.time = step.cursor, now
         if self.rank != 0:
             return
-        values = {**values, "epoch": step.cursor.epoch, "seconds": seconds, "tokens_per_s": tokens / seconds}
+        values = {
+            **values,
+            "sequence_length": step.length,
+            "padding": step.padding,
+            "epoch": step.cursor.epoch,
+            "seconds": seconds,
+            "tokens_per_s": tokens / seconds,
+        }
         values["wait"] = wait_s / self.engine.world_size / seconds
         if step.batches[0].targets:
             values["kept_mass"] = kept_mass / tokens

@@ -25,7 +25,8 @@ from tests.bench.synthetic import dense_logprobs
 from tests.store.made import write_store
 from training.batches import BatchPlan, Cursor
 from training.config import LossConfig, TrainConfig
-from training.engine import Engine, deepspeed_config, init_process_group
+from training.engine import Engine, process_group
+from training.engine_config import deepspeed_config
 from training.feed import Feed
 from training.flops import model_flops
 from training.models import build_student
@@ -123,14 +124,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         store = make_store(Path(folder))
         config, source = make_config(store), Source.of(store)
-        init_process_group()
         student = Student(build_student(config.student, V, T - 1, 0), V, config.loss)
         share, parameters = head_share(student), sum(p.numel() for p in student.parameters())
-        engine = Engine(student, deepspeed_config(config))
-        seconds = time_steps(engine, config, source)
+        with process_group():
+            seconds = time_steps(Engine(student, deepspeed_config(config)), config, source)
         rates = {n: pipeline_rate(make_config(store, threads=n), source) for n in (1, 2)}
         positions = TOKENS_PER_STEP // (T - 1) * (T - 1)
-        torch.distributed.destroy_process_group()
     kd, ce = (np.percentile(seconds[name], [20, 50, 80]) for name in ("kd", "ce"))
     ratios = np.array(seconds["kd"]) / np.array(seconds["ce"])
     line = {

@@ -9,6 +9,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import torch
 
 from logit_store import LogitStore, TokenStore
+from tests.students import metrics, weights
 from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
 
 STUDENT = {
@@ -57,8 +59,9 @@ class Started:
             time.sleep(0.01)
 
     def kill(self) -> None:
-        """SIGKILL to the whole group."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL to the whole group, if anything of it is left."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.wait()
 
     def wait(self) -> int:
@@ -144,21 +147,6 @@ def student_config(store: Any, shared: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-CLOCK = ("seconds", "tokens_per_s", "wait")
-
-
-def metrics(folder: str | Path) -> list[dict[str, Any]]:
-    """Lines of steps and evaluations, without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
-
-
-def weights(folder: str | Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return dict(load_file(Path(folder) / "model" / "model.safetensors"))
-
-
 @pytest.fixture(scope="module")
 def quiet_run(student_config: dict[str, Any], shared: Path) -> Path:
     """An undisturbed run on one rank."""
@@ -192,33 +180,6 @@ def test_a_run_learns_and_leaves_a_hugging_face_model(quiet_run: Path, store: An
     assert evaluations[-1]["positions"] == count
 
 
-def test_two_ranks_give_the_same_run(quiet_run: Path, student_config: dict[str, Any], shared: Path) -> None:
-    folder = shared / "runs" / "kd-two-ranks"
-    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", "launcher.ranks=2")
-    one, two = metrics(quiet_run), metrics(folder)
-    assert [line["tokens_seen"] for line in one] == [line["tokens_seen"] for line in two]
-    for a, b in zip(one, two, strict=True):
-        for key in ("loss", "kd", "ce", "gradient_norm"):
-            if key in a:
-                assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (key, a["step"])
-    assert one[0]["loss"] == pytest.approx(two[0]["loss"], rel=1e-6)
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_gives_the_same_run(
-    stage: int, quiet_run: Path, student_config: dict[str, Any], shared: Path
-) -> None:
-    folder, path = shared / "runs" / f"zero{stage}", shared / f"zero{stage}.json"
-    # Under stage 3 even these small parameters are split, and ranks with unequal shares apply the head in chunks.
-    path.write_text(json.dumps({"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}))
-    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", f"deepspeed={path}", "launcher.ranks=2",
-               "loss.chunk_positions=29")  # fmt: skip
-    one, other = metrics(quiet_run), metrics(folder)
-    assert one[-1]["held_out"]["loss"] == pytest.approx(other[-1]["held_out"]["loss"], rel=1e-3)
-    for name, tensor in weights(quiet_run).items():
-        torch.testing.assert_close(tensor, weights(folder)[name], rtol=0, atol=0.02)
-
-
 def test_killed_in_the_middle_and_resumed_is_the_same_run(
     quiet_run: Path, student_config: dict[str, Any], shared: Path
 ) -> None:
@@ -242,20 +203,26 @@ def test_killed_in_the_middle_and_resumed_is_the_same_run(
     assert "is finished: held-out loss" in done.stdout
 
 
-def test_two_trainers_do_not_share_a_directory(quiet_run: Path, shared: Path) -> None:
+def test_two_ranks_share_a_directory_with_nobody_and_stop_when_asked(quiet_run: Path, shared: Path) -> None:
     from logit_store.errors import StudentError
     from training.run_folder import RunFolder
 
     folder = shared / "runs" / "kd-locked"
-    arguments = ("train", str(shared / "student.yaml"), f"run.path={folder}", "schedule.total_tokens=10000000")
-    first = Started(shared / "first.log", *arguments)
+    endless = ("schedule.total_tokens=10000000", "launcher.ranks=2", "checkpoint.every_tokens=null")
+    trainer = Started(shared / "first.log", "train", str(shared / "student.yaml"), f"run.path={folder}", *endless)
     try:
-        first.wait_until(lambda: len(metrics_or_none(folder)) > 0)
+        trainer.wait_until(lambda: len(metrics_or_none(folder)) > 3)
         run = RunFolder(str(folder))
         with pytest.raises(StudentError, match="another process trains in"):
             run.begin(None, {})  # type: ignore[arg-type]
+        os.kill(trainer.process.pid, signal.SIGTERM)  # as a container's runtime does: to the first process alone
+        assert trainer.wait() == 0, trainer.log.read_text()
     finally:
-        first.kill()
+        trainer.kill()
+    pointer = json.loads((folder / "checkpoint.json").read_text())
+    assert (pointer["ranks"], pointer["cursor"]["step"]) == (2, metrics(folder)[-1]["step"])
+    said = f"decant train: stopped at step {pointer['cursor']['step']} ("
+    assert [line for line in trainer.log.read_text().splitlines() if line.startswith("decant ")][0].startswith(said)
 
 
 def metrics_or_none(folder: Path) -> list[str]:

@@ -13,7 +13,7 @@ from cluster.config import CacheConfig
 from logit_store.config import Config, load_config
 from logit_store.errors import ConfigError
 from training.config import TrainConfig
-from training.engine import OURS, deepspeed_config
+from training.engine_config import OURS, deepspeed_config
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"

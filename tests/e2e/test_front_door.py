@@ -47,7 +47,7 @@ def test_cluster_and_training_never_import_each_other() -> None:
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("ray", ["cluster/ray_cluster.py", "cluster/ray_tasks.py", "cluster/ray_workers.py"]),
+        ("ray", ["cluster/ray_cluster.py", "cluster/ray_tasks.py", "cluster/ray_workers.py", "training/ray_train.py"]),
         ("vllm", ["cluster/vllm_teacher.py"]),
         ("deepspeed", ["training/engine.py"]),
     ],

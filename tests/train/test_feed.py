@@ -69,7 +69,7 @@ def test_threads_change_nothing_of_a_step(made: LogitStore, ahead: int, threads:
         while cursor.tokens_seen < TOTAL:
             prefixes, length, after = plan.next(cursor)
             step = feed.next(cursor)
-            assert (step.prefixes, step.length, step.cursor) == (prefixes, length, after)
+            assert (sorted(step.prefixes), step.length, step.cursor) == (sorted(prefixes), length, after)
             groups = micro_batches(prefixes, 2, 60, length)[rank]
             assert_same(step.batches, [collate(source, group, length) for group in groups])
             assert step.wait_s >= 0

@@ -1,6 +1,5 @@
 """Any head that transformers knows, in chunks, with the gradients of the model's own loss; under every ZeRO stage."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -98,23 +97,11 @@ def test_other_heads_are_refused() -> None:
         Student(model, V, LossConfig())
 
 
-@pytest.fixture(scope="module")
-def process_group() -> Iterator[None]:
-    """This process as the only rank."""
-    from training.engine import init_process_group
-
-    began = not torch.distributed.is_initialized()
-    if began:
-        init_process_group()
-    yield
-    if began:
-        torch.distributed.destroy_process_group()
-
-
 def run(name: str, loss: LossConfig, extra: dict[str, Any], steps: int = 4) -> tuple[list[dict[str, float]], Any, Any]:
     """Losses, whole weights and the student after some steps of the real engine."""
     from training.config import OptimizerConfig
-    from training.engine import Engine, _adamw
+    from training.engine import Engine
+    from training.engine_config import _adamw
 
     config = {
         "optimizer": _adamw(OptimizerConfig(weight_decay=0.0)), "gradient_clipping": 0.0, "steps_per_print": 2**31,
@@ -127,8 +114,8 @@ def run(name: str, loss: LossConfig, extra: dict[str, Any], steps: int = 4) -> t
     for step in range(steps):
         engine.module.mixing.tokens_seen = 10 * step
         batches = [make_batch(2 * step), make_batch(2 * step + 1)]
-        terms, _ = engine.step(batches, sum(len(batch.next_ids_N) for batch in batches), 1e-2)
-        lines.append({**terms, "temperature": engine.module.mixing.last_temperature})
+        update = engine.step(batches, sum(len(batch.next_ids_N) for batch in batches), 1e-2)
+        lines.append({**update.terms, "temperature": engine.module.mixing.last_temperature})
     with engine.whole_weights():
         weights = {key: value.float().clone() for key, value in engine.module.state_dict().items()}
     return lines, weights, engine.module
@@ -139,7 +126,7 @@ LEARNED = {"low": 1.0, "high": 4.0, "over_tokens": 20}
 
 @pytest.mark.parametrize("stage", [1, 3])
 @pytest.mark.parametrize("name", ["tied", "softcap", "llama"])
-def test_zero_gathers_the_head_for_the_fused_loss(process_group: None, name: str, stage: int) -> None:
+def test_zero_gathers_the_head_for_the_fused_loss(one_rank: None, name: str, stage: int) -> None:
     loss = LossConfig(alpha=0.8, chunk_positions=5, z_loss=1e-3, learned_temperature=LEARNED)  # type: ignore[arg-type]
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     (plain, plain_weights, _), (split, split_weights, _) = (
@@ -154,7 +141,7 @@ def test_zero_gathers_the_head_for_the_fused_loss(process_group: None, name: str
         torch.testing.assert_close(split_weights[key], value, rtol=1e-4, atol=1e-5)
 
 
-def test_bfloat16_students_learn_the_same(process_group: None) -> None:
+def test_bfloat16_students_learn_the_same(one_rank: None) -> None:
     loss = LossConfig(alpha=0.8, temperature=2.0, chunk_positions=5)
     exact, *_ = run("softcap", loss, {})
     rounded, *_ = run("softcap", loss, {"bf16": {"enabled": True}, "zero_optimization": {"stage": 2}})

@@ -1,0 +1,126 @@
+"""Whatever starts the ranks, they make the same run: torchrun, `deepspeed` on two machines, Ray Train with a death."""
+
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from logit_store import LogitStore
+from logit_store.config import parse_config
+from logit_store.errors import ConfigError, StudentError
+from tests.namespaces import namespaces, needs_root
+from tests.ray_node import BIN, ray_node, token_environment, wait_until
+from tests.students import assert_same_run, metrics, run_here, student_config
+from tests.toy import ROOT, write_yaml
+from training.config import TrainConfig
+from training.ray_train import reason
+
+
+@pytest.fixture(scope="module")
+def quiet(store: LogitStore, one_rank: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run in this process."""
+    folder = tmp_path_factory.mktemp("launchers") / "quiet"
+    assert run_here(make_config(folder, store))
+    return folder
+
+
+def make_config(folder: Path, store: LogitStore, **sections: Any) -> dict[str, Any]:
+    path = folder.parent / f"{folder.name}.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2}}))
+    checkpoint = {"every_tokens": 200}
+    return student_config(folder, store.storage.root, deepspeed=str(path), checkpoint=checkpoint, **sections)
+
+
+def environment() -> dict[str, str]:
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    left = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return {**left, **ours, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
+
+
+def test_torchrun(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "student.yaml", make_config(tmp_path / "run", store))
+    command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "-m", "training", "train", str(path)]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
+    assert metrics(tmp_path / "run") == metrics(quiet)
+
+
+@needs_root
+def test_deepspeed_on_two_machines(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
+    path = write_yaml(tmp_path / "student.yaml", make_config(tmp_path / "run", store))
+    with namespaces(2) as machines:
+        hosts = tmp_path / "hosts.txt"
+        hosts.write_text("".join(f"{machine.address} slots=1\n" for machine in machines))
+        started = []
+        for i, machine in enumerate(machines):
+            command = [str(BIN / "deepspeed"), "--hostfile", str(hosts), "--no_ssh", "--node_rank", str(i)]
+            command += ["--master_addr", machines[0].address, "--module", "training", "train", str(path)]
+            with open(tmp_path / f"node{i}.log", "w") as log:
+                started.append(
+                    subprocess.Popen(
+                        machine.command(*command), cwd=ROOT, env={**environment(), "GLOO_SOCKET_IFNAME": "eth0"},
+                        stdout=log, stderr=subprocess.STDOUT,
+                    )
+                )  # fmt: skip
+        codes = [process.wait(timeout=300) for process in started]
+    assert codes == [0, 0], [(tmp_path / f"node{i}.log").read_text() for i in (0, 1)]
+    assert_same_run(tmp_path / "run", quiet, 1e-5)
+
+
+def test_ray_train_goes_on_when_a_worker_dies(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
+    folder, surroundings = tmp_path / "run", {**environment(), **token_environment(), "OMP_NUM_THREADS": "1"}
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        surroundings.pop(name, None)
+    with ray_node(
+        "--head", "--port=0", "--num-cpus=2", "--node-ip-address=127.0.0.1", environment=surroundings
+    ) as node:
+        address = (node / "ray_current_cluster").read_text().strip()
+        launcher = {"kind": "ray", "address": address, "ranks": 2, "restarts": 1}
+        path = write_yaml(tmp_path / "student.yaml", make_config(folder, store, launcher=launcher))
+        log = tmp_path / "driver.log"
+        with open(log, "w") as out:
+            driver = subprocess.Popen(
+                [str(BIN / "decant"), "train", str(path)], cwd=ROOT, env=surroundings, stdout=out,
+                stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        try:
+            wait_until(lambda: (folder / "checkpoint.json").exists() or driver.poll() is not None, 180)
+            assert driver.poll() is None, log.read_text()
+            victims = ranks_of(surroundings["RAY_AUTH_TOKEN"])
+            assert len(victims) == 2
+            victims[1].send_signal(signal.SIGKILL)
+            assert driver.wait(timeout=300) == 0, log.read_text()
+        finally:
+            driver.kill()
+            driver.wait()
+    assert not any(victim.is_running() for victim in victims), "both ranks were started again"
+    assert "model in" in log.read_text()
+    assert not (folder / ".ray").exists()
+    assert_same_run(folder, quiet, 1e-5)
+
+
+def ranks_of(token: str) -> list[psutil.Process]:
+    """Workers of Ray Train in the cluster that has this token: other clusters may run on this machine."""
+    found = [process for process in psutil.process_iter() if "RayTrainWorker" in " ".join(process.cmdline())]
+    return [process for process in found if process.environ().get("RAY_AUTH_TOKEN") == token]
+
+
+def test_an_error_of_ours_on_ray_is_told_as_it_is() -> None:
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    wrapped = UserExceptionWithTraceback(StudentError("rows of the batch: [7]"), "Traceback …")
+    assert reason(WorkerGroupError("worker 1 failed", {1: wrapped})) == "rows of the batch: [7]"
+    assert "worker 1 failed" in reason(WorkerGroupError("worker 1 failed", {1: RuntimeError("killed")}))
+
+
+def test_ray_has_to_be_told_where_and_how_many(store: LogitStore, tmp_path: Path) -> None:
+    for launcher in ({"kind": "ray", "ranks": 2}, {"kind": "ray", "address": "auto"}):
+        with pytest.raises(ConfigError, match="kind ray needs `address`"):
+            parse_config(TrainConfig, make_config(tmp_path / "run", store, launcher=launcher), "test")
+    with pytest.raises(ConfigError, match="belong to kind ray"):
+        parse_config(TrainConfig, make_config(tmp_path / "run", store, launcher={"restarts": 2}), "test")

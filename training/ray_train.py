@@ -1,0 +1,102 @@
+"""Ranks as workers of Ray Train, on a cluster that is there already. Only this file of the trainer imports ray."""
+
+import importlib.util
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from logit_store.config import dump_config
+from logit_store.errors import ConfigError, DecantError, StudentError
+from training.config import TrainConfig
+
+
+def run_on_ray(config: TrainConfig) -> None:
+    """Run the ranks on the cluster at `launcher.address`; a worker that dies is replaced `launcher.restarts` times.
+
+    Checkpoints are the run's own, in `run.path`, which all nodes share: Ray keeps none. What starts again goes on from
+    the newest. Raises ConfigError: no cluster answers, or it has no room. StudentError: the run failed.
+    """
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    config = with_absolute_paths(config)
+    launcher = config.launcher
+    assert launcher.ranks is not None
+    notes = Path(config.run.path) / ".ray"  # Ray's own: what it asks for, although it keeps no checkpoint
+    try:
+        ray.init(launcher.address, runtime_env={"py_modules": _own_packages()}, logging_level="WARNING")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"no Ray cluster answers at launcher.address {launcher.address!r}: {why}") from error
+    try:
+        use_gpu = ray.cluster_resources().get("GPU", 0) > 0
+        _check_room(launcher.ranks, "GPU" if use_gpu else "CPU", ray.cluster_resources())
+        trainer = TorchTrainer(
+            _rank,
+            train_loop_config={"config": dump_config(config)},
+            scaling_config=ScalingConfig(num_workers=launcher.ranks, use_gpu=use_gpu),
+            run_config=RunConfig(
+                name="ray-train",
+                storage_path=str(notes),
+                failure_config=FailureConfig(max_failures=launcher.restarts),
+            ),
+        )
+        trainer.fit()
+    except TrainingFailedError as error:
+        raise StudentError(reason(error)) from error
+    finally:
+        ray.shutdown()
+        shutil.rmtree(notes, ignore_errors=True)
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """The config for workers, whose working directory is another: paths that are here are made absolute."""
+
+    def absolute(path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+    run = config.run.model_copy(update={"path": str(Path(config.run.path).absolute())})
+    data = config.data.model_copy(update={"store": absolute(config.data.store)})
+    student = config.student.model_copy(update={"model": absolute(config.student.model)})
+    changes = {"run": run, "data": data, "student": student, "deepspeed": absolute(config.deepspeed)}
+    return config.model_copy(update=changes)
+
+
+def _rank(loop: dict[str, Any]) -> None:
+    """One worker's rank. Ray has joined the ranks and set their environment."""
+    import torch
+    import yaml
+
+    from logit_store.config import parse_config
+    from training.stop import StopRequest
+    from training.trainer import train
+
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    train(parse_config(TrainConfig, yaml.safe_load(loop["config"]), "the driver's config"), StopRequest())
+
+
+def _check_room(ranks: int, resource: str, have: dict[str, float]) -> None:
+    """Refuse what would wait for ever. Raises ConfigError."""
+    if ranks > have.get(resource, 0):
+        raise ConfigError(f"launcher.ranks = {ranks}, but the cluster has {have.get(resource, 0):g} {resource}s")
+
+
+def reason(error: Exception) -> str:
+    """What the first worker that failed said: our own errors are for people already."""
+    for failure in getattr(error, "worker_failures", {}).values():
+        cause = getattr(failure, "_base_exc", failure)  # Ray wraps it with its traceback
+        if isinstance(cause, DecantError):
+            return str(cause)
+    return f"Ray Train gave up: {' '.join(str(error).split())[:2000]}"
+
+
+def _own_packages() -> list[str]:
+    """Folders of the packages that workers import: the cluster runs this very code."""
+    specs = [importlib.util.find_spec(name) for name in ("training", "logit_store")]
+    return [str(Path(spec.origin).parent) for spec in specs if spec and spec.origin]
