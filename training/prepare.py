@@ -4,11 +4,12 @@ from typing import Any, NamedTuple
 
 from logit_store import LogitStore, TokenStore, open_store
 from logit_store.errors import ConfigError, StoreError
+from training.architecture import check_student
 from training.batches import BatchPlan, Prefix
 from training.config import TrainConfig
 from training.engine import deepspeed_config
 from training.evaluation import held_out_prefixes
-from training.models import check_architecture, check_tokenizer
+from training.models import check_tokenizer
 
 
 class Prepared(NamedTuple):
@@ -19,6 +20,7 @@ class Prepared(NamedTuple):
     plan: BatchPlan
     held_out: list[Prefix]
     longest: int
+    """Positions of the longest sequence that the student sees, held-out rows included."""
     identity: dict[str, Any]
     engine_config: dict[str, Any]
     warnings: list[str]
@@ -47,7 +49,8 @@ def prepare(config: TrainConfig) -> Prepared:
     held_out = held_out_prefixes(store, config.evaluation.max_rows)
     if not held_out:
         raise StoreError(f"{config.data.store} has no held-out rows: tokenize with a larger tokens.held_out")
-    check_architecture(config.student)
+    longest = max(longest, *(prefix.positions for prefix in held_out))
+    check_student(config.student, int(store.manifest["vocabulary_size"]), longest)
     differing = check_tokenizer(config.student, store.manifest)
     warnings = [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
     identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}

@@ -1,6 +1,7 @@
 """One rank of `decant train`: build, step until the tokens are spent, evaluate, save."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,9 +12,10 @@ from training.config import TrainConfig
 from training.data import rank_batches
 from training.engine import Engine, init_process_group
 from training.evaluation import evaluate
-from training.models import build_student, save_tokenizer
+from training.export import save_student
+from training.models import build_student, num_parameters
 from training.prepare import Prepared, prepare
-from training.run_folder import RunFolder, writing
+from training.run_folder import RunFolder
 from training.schedules import learning_rate
 from training.student import Student
 from training.watcher import Watcher
@@ -30,9 +32,8 @@ def train(config: TrainConfig) -> None:
     if run.result() is not None:
         return
     vocabulary_size = int(prepared.store.manifest["vocabulary_size"])
-    longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
-    model = build_student(config.student, vocabulary_size, longest, config.run.seed)
-    num_parameters = sum(p.numel() for p in model.parameters())
+    model = build_student(config.student, vocabulary_size, prepared.longest, config.run.seed)
+    sizes = num_parameters(model)
     init_process_group()
     rank = torch.distributed.get_rank()
     engine = Engine(Student(model, vocabulary_size, config.loss), prepared.engine_config)
@@ -40,19 +41,21 @@ def train(config: TrainConfig) -> None:
         run.begin(config, prepared.identity)
     cursor = _train_steps(prepared, run, engine, _resume(run, engine, rank), rank)
     figures = evaluate(engine, prepared.store, prepared.held_out, config.schedule.micro_batch_tokens, rank)
+    result = {**sizes, **_progress(run, cursor), "held_out": figures} if rank == 0 else {}
     with engine.whole_weights():
         if rank == 0:
-            with writing(run.model):
-                engine.module.model.save_pretrained(run.model)
-                save_tokenizer(prepared.store.files(), run.model)
+            save_student(engine.module.model, config, [prepared.store], result, run)
     if rank == 0:
-        seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
-        progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
-        rate = cursor.tokens_seen / seconds
         run.log({"step": cursor.step, "tokens_seen": cursor.tokens_seen, "held_out": figures})
-        run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
+        run.save_result(result)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+
+
+def _progress(run: RunFolder, cursor: Cursor) -> dict[str, Any]:
+    seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
+    rate = cursor.tokens_seen / seconds
+    return {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds, "tokens_per_s": rate}
 
 
 def _resume(run: RunFolder, engine: Engine, rank: int) -> Cursor:

@@ -1,0 +1,177 @@
+"""Students of every origin through the real engine, and the directories that come out."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from logit_store import LogitStore
+from logit_store.config import parse_config
+from training.config import TrainConfig
+from training.trainer import train
+from training.watcher import Watcher
+
+LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
+
+
+@pytest.fixture(autouse=True)
+def own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rank alone sets for itself is gone after the test."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+@contextmanager
+def own_process_group() -> Iterator[None]:
+    """DeepSpeed forgets its groups only where it is itself asked to destroy them, and the next run needs new ones."""
+    from deepspeed import comm
+
+    try:
+        with mock.patch.object(torch.distributed, "destroy_process_group"):
+            yield
+    finally:
+        comm.destroy_process_group()
+
+
+def run_here(
+    folder: Path, store: LogitStore, student: dict[str, Any], zero: dict[str, Any] | None = None, **sections: Any
+) -> dict[str, Any]:
+    """Run this process's rank with an engine of its own; the run's result."""
+    deepspeed = folder.parent / f"{folder.name}.json"
+    deepspeed.write_text(json.dumps(zero or {}))
+    config = {
+        "run": {"path": str(folder)},
+        "data": {"store": store.storage.root},
+        "student": student,
+        "schedule": {"total_tokens": 1200, "tokens_per_step": 200, "lr": 0.01, "micro_batch_tokens": 120},
+        "evaluation": {"max_rows": 6},
+        "deepspeed": str(deepspeed),
+        **sections,
+    }
+    with own_process_group():
+        train(parse_config(TrainConfig, config, "test"))
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    return result
+
+
+def held_out_loss(folder: Path, store: LogitStore) -> float:
+    """Cross-entropy of the saved model on the evaluated rows, as a stranger to this project would compute it."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    losses, count = 0.0, 0
+    for row in [row for row in store.rows("held_out") if store.lengths_N[row] > 1][:6]:
+        ids_1T = torch.from_numpy(store[int(row)].tokens.input_ids_T.astype(np.int64))[None]
+        with torch.no_grad():
+            logits_TV = model(input_ids=ids_1T).logits[0, :-1, : store.manifest["vocabulary_size"]].float()
+        losses += float(torch.nn.functional.cross_entropy(logits_TV, ids_1T[0, 1:], reduction="sum"))
+        count += ids_1T.shape[1] - 1
+    return losses / count
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_lora_student_is_saved_merged_with_its_adapter_beside(
+    stage: int, store: LogitStore, teacher: Path, tmp_path: Path
+) -> None:
+    import peft
+
+    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    student = {"model": str(teacher), "lora": LORA, "gradient_checkpointing": True}
+    result = run_here(tmp_path / "run", store, student, zero)
+    first = load_file(teacher / "model.safetensors")
+    merged = load_file(tmp_path / "run/model/model.safetensors")
+    assert {name: tensor.shape for name, tensor in merged.items()} == {name: t.shape for name, t in first.items()}
+    changed = {name.split(".")[-2] for name, tensor in merged.items() if not torch.equal(tensor, first[name])}
+    assert changed == {*LORA["target_modules"]}  # type: ignore[misc]
+    assert result["parameters"] == sum(tensor.numel() for tensor in first.values())
+    assert 0 < result["trainable_parameters"] < result["parameters"] / 5
+    assert held_out_loss(tmp_path / "run/model", store) == pytest.approx(result["held_out"]["loss"], rel=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(teacher, dtype=torch.float32)
+    adapted = peft.PeftModel.from_pretrained(base, tmp_path / "run/adapter")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run/model", dtype=torch.float32)
+    ids_1T = torch.arange(7, 19)[None]
+    torch.testing.assert_close(adapted(ids_1T).logits, plain(ids_1T).logits, rtol=1e-4, atol=1e-4)
+
+
+class Killed(BaseException):
+    """What a kill is to the code that it meets."""
+
+
+def test_a_lora_run_goes_on_from_its_checkpoint(
+    store: LogitStore, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, options = {"model": str(teacher), "lora": LORA | {"dropout": 0.1}}, {"checkpoint": {"every_tokens": 400}}
+    run_here(tmp_path / "whole", store, student, **options)
+
+    step = Watcher.step
+
+    def die_at_the_fifth(watcher: Any, cursor: Any, *arguments: Any) -> None:
+        step(watcher, cursor, *arguments)
+        if cursor.step == 5:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Watcher, "step", die_at_the_fifth)
+        with pytest.raises(Killed):
+            run_here(tmp_path / "killed", store, student, **options)
+    assert json.loads((tmp_path / "killed/checkpoint.json").read_text())["cursor"]["step"] in (2, 3, 4)
+    run_here(tmp_path / "killed", store, student, **options)
+    for kind in ("model/model.safetensors", "adapter/adapter_model.safetensors"):
+        killed, whole = load_file(tmp_path / "killed" / kind), load_file(tmp_path / "whole" / kind)
+        assert killed.keys() == whole.keys()
+        assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items()), kind
+
+
+@pytest.mark.parametrize(
+    ("zero", "save_dtype", "saved"),
+    [
+        ({}, None, torch.float32),
+        ({}, "bfloat16", torch.bfloat16),
+        ({"bf16": {"enabled": True}}, None, torch.bfloat16),
+        ({"bf16": {"enabled": True}}, "float32", torch.float32),
+    ],
+)
+def test_weights_keep_the_dtype_of_training_or_take_the_one_asked_for(
+    zero: dict[str, Any], save_dtype: str | None, saved: torch.dtype, store: LogitStore, teacher: Path, tmp_path: Path
+) -> None:
+    student = {"from_teacher": {"model": str(teacher), "num_layers": 1}, "save_dtype": save_dtype}
+    result = run_here(tmp_path / "run", store, student, zero, schedule=ONE_STEP)
+    weights = load_file(tmp_path / "run/model/model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {saved}
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["dtype"] == str(saved).removeprefix("torch.")
+    assert held_out_loss(tmp_path / "run/model", store) == pytest.approx(result["held_out"]["loss"], rel=0.02)
+
+
+ONE_STEP = {"total_tokens": 100, "tokens_per_step": 200, "lr": 0.001, "micro_batch_tokens": 300}
+
+
+def test_a_sized_student_has_tied_weights_once_the_stores_tokenizer_and_a_card(
+    store: LogitStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import sizes
+
+    monkeypatch.setitem(sizes.SIZES, "1m", sizes.Size(32, 2, 2, 1, 16, 64))
+    result = run_here(tmp_path / "run", store, {"size": "1m", "architecture": "llama"}, schedule=ONE_STEP)
+    folder = tmp_path / "run/model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert model.config.model_type == "llama"
+    assert model.get_input_embeddings().weight.shape == (400, 32)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    assert result["parameters"] == result["trainable_parameters"] == sum(p.numel() for p in model.parameters())
+    assert held_out_loss(folder, store) == pytest.approx(result["held_out"]["loss"], rel=1e-5)
+    own = AutoTokenizer.from_pretrained(folder)
+    assert own.get_vocab() == AutoTokenizer.from_pretrained(Path(store.storage.root) / "tokenizer").get_vocab()
+    card = ModelCard.load(folder / "README.md")
+    for fact in (store.manifest["labels_id"], store.manifest["text_id"], f"{result['held_out']['loss']:.4f}"):
+        assert fact in card.text
+    assert str(tmp_path) not in card.text
+    assert not (tmp_path / "run/adapter").exists()
