@@ -1,6 +1,7 @@
 """What tests build their small real inputs with."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -181,3 +182,22 @@ def in_process_workers() -> Any:
     }
     stack.enter_context(mock.patch.multiple(ray_workers, **here))
     return stack
+
+
+def train_here(config: dict[str, Any]) -> None:
+    """`decant train` with this process as its only rank, and without the launcher."""
+    import torch
+    from deepspeed import comm
+
+    from logit_store.config import parse_config
+    from training.config import TrainConfig
+    from training.trainer import train
+
+    # DeepSpeed forgets its groups only where it is itself asked to destroy them, and the next run needs new ones.
+    try:
+        with mock.patch.dict(os.environ), mock.patch.object(torch.distributed, "destroy_process_group"):
+            os.environ.pop("RANK", None)  # a rank alone writes its place into the environment
+            train(parse_config(TrainConfig, config, "test"))
+    finally:
+        if torch.distributed.is_initialized():
+            comm.destroy_process_group()

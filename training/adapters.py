@@ -26,10 +26,11 @@ def check_targets(model: Any, config: LoraConfig) -> None:
             )
 
 
-def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
+def with_lora(model: Any, config: LoraConfig, seed: int, revision: str | None = None) -> Any:
     """The model as a ``peft.PeftModel`` whose only trained parameters are A and B; A is decided by ``seed``, B is 0.
 
-    The model's own methods (``get_decoder``, ``get_output_embeddings``, ``config``) answer as before.
+    ``revision`` of the model is noted with the adapter. The model's own methods (``get_decoder``, ``config``,
+    ``get_output_embeddings``) answer as before.
     """
     import peft
 
@@ -44,13 +45,15 @@ def with_lora(model: Any, config: LoraConfig, seed: int) -> Any:
             lora_dropout=config.dropout,
             target_modules=targets if isinstance(targets, str) else list(targets),
         ),
+        revision=revision,
     )
 
 
-def merged_state(model: Any) -> dict[str, Tensor]:
+def merged_state(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state dict of the model that was given to ``with_lora``, with W + alpha / rank · B·A in place of W.
 
-    Changes nothing in the model: under ZeRO-3 its weights are whole on loan only. Sums are taken in float32.
+    Sums are taken in float32 and rounded to ``dtype``, or to that of W. Changes nothing in the model: under ZeRO-3 its
+    weights are whole on loan only.
     """
     from peft.tuners.lora import LoraLayer
 
@@ -62,7 +65,8 @@ def merged_state(model: Any) -> dict[str, Tensor]:
         if isinstance(module, LoraLayer):
             (adapter,) = module.active_adapters
             weight = module.get_base_layer().weight
-            state[f"{name}.weight"] = (weight.float() + module.get_delta_weight(adapter).float()).to(weight.dtype)
+            merged = weight.float() + module.get_delta_weight(adapter).float()
+            state[f"{name}.weight"] = merged.to(dtype or weight.dtype)
     return state
 
 

@@ -34,7 +34,7 @@ def build_student(config: StudentConfig, vocabulary_size: int, longest: int, see
 
     if config.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed layer needs a gradient to pass on, and embeddings are frozen
-    return with_lora(model, config.lora, seed)
+    return with_lora(model, config.lora, seed, config.revision)
 
 
 def num_parameters(model: Any) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Students of which each is the next one's teacher: begun with one, and gone on with by the same command."""
+"""Students of which each is the next one's teacher."""
 
 import json
 from pathlib import Path
@@ -10,9 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import decant
+from cluster.config import CacheConfig
 from logit_store import LogitStore
+from logit_store.config import load_config, parse_config
 from tests.e2e.test_chain import STUDENT
-from tests.toy import ROOT, in_process_workers, write_yaml
+from tests.toy import ROOT, in_process_workers, train_here, write_yaml
+from training.config import TrainConfig
+from training.generations import Generation, GenerationsConfig, plan
 
 HELD_OUT_ROWS = 6
 
@@ -38,6 +42,13 @@ def config(store: Any, shared: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
+def generations(config: dict[str, Any]) -> list[Generation]:
+    """What the command makes of the config."""
+    cache = load_config(CacheConfig, config["cache"])
+    train = load_config(TrainConfig, config["train"])
+    return plan(parse_config(GenerationsConfig, config, "test"), cache, cache, train)
+
+
 def files(folder: Path) -> dict[Path, int]:
     """Every file of a finished student, and when it was written."""
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
@@ -47,12 +58,13 @@ def test_a_student_is_the_teacher_of_the_next(
     config: dict[str, Any], store: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path, root = str(write_yaml(tmp_path / "generations.yaml", config)), Path(config["path"])
-    assert decant.main(["generations", path, "count=1"]) == 0
-    assert "generation 1 of 1" in capfd.readouterr().out
+    by_hand, _ = generations(config)
+    train_here(by_hand.train)
     first = files(root / "1/run")
     with in_process_workers():
         assert decant.main(["generations", path]) == 0
     printed = capfd.readouterr().out
+    assert f"{root}/1/run is finished: held-out loss" in printed
     assert files(root / "1/run") == first, "what is finished stays as it is"
     assert not (root / "1/store").exists(), "the first learns from the store that is there"
 

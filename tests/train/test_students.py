@@ -1,46 +1,22 @@
 """Students of every origin through the real engine, and the directories that come out."""
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from logit_store import LogitStore
-from logit_store.config import parse_config
-from training.config import TrainConfig
-from training.trainer import train
+from logit_store.errors import ConfigError, StudentError
+from tests.toy import make_teacher, make_tokenizer, train_here
 from training.watcher import Watcher
 
 LORA = {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]}
-
-
-@pytest.fixture(autouse=True)
-def own_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a rank alone sets for itself is gone after the test."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-
-
-@contextmanager
-def own_process_group() -> Iterator[None]:
-    """DeepSpeed forgets its groups only where it is itself asked to destroy them, and the next run needs new ones."""
-    from deepspeed import comm
-
-    try:
-        with mock.patch.object(torch.distributed, "destroy_process_group"):
-            yield
-    finally:
-        comm.destroy_process_group()
 
 
 def run_here(
@@ -58,8 +34,7 @@ def run_here(
         "deepspeed": str(deepspeed),
         **sections,
     }
-    with own_process_group():
-        train(parse_config(TrainConfig, config, "test"))
+    train_here(config)
     result: dict[str, Any] = json.loads((folder / "result.json").read_text())
     return result
 
@@ -148,6 +123,36 @@ def test_weights_keep_the_dtype_of_training_or_take_the_one_asked_for(
     assert {tensor.dtype for tensor in weights.values()} == {saved}
     assert json.loads((tmp_path / "run/model/config.json").read_text())["dtype"] == str(saved).removeprefix("torch.")
     assert held_out_loss(tmp_path / "run/model", store) == pytest.approx(result["held_out"]["loss"], rel=0.02)
+
+
+def test_bad_students_are_refused_before_weights_are_read(
+    store: LogitStore, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", lambda *_arguments, **_: pytest.fail("weights were read"))
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(json.dumps({"text": "the quick brown fox jumps over the lazy dog " * 3}))
+    other = make_teacher(tmp_path / "other", make_tokenizer(tmp_path / "tokenizer", corpus))
+    small = make_teacher(tmp_path / "small", tmp_path / "tokenizer", vocab_size=399)
+    short = make_teacher(tmp_path / "short", tmp_path / "tokenizer", context=46)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"model": str(other)}, "give different ids to tokens"),
+        ({"from_teacher": {"model": str(other)}}, "give different ids to tokens"),
+        ({"model": str(small)}, "has 399 token rows and the store's vocabulary 400"),
+        ({"from_teacher": {"model": str(short)}}, "the student's context is 46, but sequences of 47 positions"),
+        ({"from_teacher": {"model": str(teacher), "layers": [2]}}, "asks for layer 2, and .* has 2"),
+        ({"model": str(teacher), "lora": {"target_modules": ["query"]}}, "no linear layer named 'query'"),
+        ({"model": str(teacher), "lora": {"target_modules": []}}, "must name at least one linear layer"),
+        ({"size": "25m", "lora": {}}, "`lora` goes with `model` or `from_teacher`"),
+        ({"size": "25m", "model": str(teacher)}, "give one of .*, not `model` and `size`"),
+        ({"lora": {}}, "give one of .*, not none of them"),
+        ({"architecture": "llama", "model": str(teacher)}, "`architecture` goes with `size`"),
+        ({"from_teacher": {"model": "x", "layers": [0], "num_layers": 1}}, "`num_layers` goes with layers: alternate"),
+        ({"model": str(tmp_path / "nowhere")}, "the student cannot be built"),
+    ]
+    for student, message in cases:
+        with pytest.raises((ConfigError, StudentError), match=message):
+            run_here(tmp_path / "run", store, student)
+        assert not (tmp_path / "run").exists()
 
 
 ONE_STEP = {"total_tokens": 100, "tokens_per_step": 200, "lr": 0.001, "micro_batch_tokens": 300}
