@@ -30,6 +30,7 @@ def save_student(
     if config.student.lora is not None and config.student.model is not None:
         with writing(run.adapter):
             model.save_pretrained(run.adapter)
+            (run.adapter / "README.md").unlink()  # peft's is an empty form
 
 
 def plain_model(model: Any, config: StudentConfig) -> Any:

@@ -38,7 +38,7 @@ def model_card(config: TrainConfig, manifests: Sequence[dict[str, Any]], result:
             "",
             *_table(("", ""), _training_figures(result)),
             "",
-            "On held-out rows, which no training reads:",
+            "On held-out rows, which no training reads (the loss in nats per token):",
             "",
             *_table(("figure", "held out"), _held_out_figures(result["held_out"])),
             "",
@@ -60,7 +60,7 @@ def model_card(config: TrainConfig, manifests: Sequence[dict[str, Any]], result:
             "## Config of the run",
             "",
             "```yaml",
-            yaml.safe_dump(public(config.model_dump(mode="json")), sort_keys=False).strip(),
+            yaml.safe_dump(public(config.model_dump(mode="json", exclude_none=True)), sort_keys=False).strip(),
             "```",
             "",
         ]
@@ -155,8 +155,9 @@ def _labels(manifest: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _training_figures(result: dict[str, Any]) -> list[tuple[str, str]]:
-    trained, all_of_them = result["trainable_parameters"], result["parameters"]
-    parameters = f"{all_of_them:,}" + (f", {trained:,} of them trained" if trained != all_of_them else "")
+    trained, parameters = result["trainable_parameters"], f"{result['parameters']:,}"
+    if trained != result["parameters"]:
+        parameters += f", by {trained:,} trained ones"
     return [("parameters", parameters), ("tokens", f"{result['tokens']:,}"), ("steps", f"{result['steps']:,}")]
 
 
