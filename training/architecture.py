@@ -35,16 +35,16 @@ def check_student(config: StudentConfig, vocabulary_size: int, longest: int) -> 
     """Refuse a student that cannot be built, without a weight in memory. Raises ConfigError, StudentError."""
     if config.config is not None:
         _check_fields(config.config)
-    architecture = student_architecture(config, vocabulary_size, longest)
-    if config.lora is None and config.from_teacher is None:
-        return
-    from training.adapters import check_targets
-    from training.layers import check_cut
-
-    model = skeleton(architecture)
+    model = skeleton(student_architecture(config, vocabulary_size, longest))
+    if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        raise ConfigError(f"student.gradient_checkpointing: {type(model).__name__} cannot, leave it out")
     if config.from_teacher is not None:
+        from training.layers import check_cut
+
         check_cut(config.from_teacher, skeleton(_pretrained_config(config)), model)
     if config.lora is not None:
+        from training.adapters import check_targets
+
         if find_spec("peft") is None:
             raise ConfigError("student.lora needs peft, which is not installed: run `make setup`, or leave lora out")
         check_targets(model, config.lora)

@@ -58,6 +58,19 @@ def test_the_merged_weights_compute_what_the_adapted_model_does(kind: str, targe
     assert torch.equal(logits(adapted), before)  # and the adapted model is as it was
 
 
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_merging_rounds_once_to_the_dtype_that_is_saved(dtype: torch.dtype | None) -> None:
+    adapted = with_lora(make_model("qwen3").bfloat16(), LoraConfig(rank=3), seed=3)
+    randomise(adapted)
+    name = "model.layers.1.mlp.up_proj"
+    layer = adapted.get_base_model().get_submodule(name)
+    a_KD, b_WK = (matrix["default"].weight.detach().double() for matrix in (layer.lora_A, layer.lora_B))
+    exact = layer.base_layer.weight.detach().double() + b_WK @ a_KD * layer.scaling["default"]
+    merged = merged_state(adapted, dtype)[f"{name}.weight"]
+    assert merged.dtype == (dtype or torch.bfloat16)
+    torch.testing.assert_close(merged.double(), exact, rtol=1e-6 if dtype else 2**-8, atol=1e-6)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_alone_are_trained_and_the_loss_finds_decoder_and_head(kind: str) -> None:
     model = make_model(kind)
