@@ -49,6 +49,7 @@ def with_lora(model: Any, config: LoraConfig, seed: int, revision: str | None = 
     )
 
 
+@torch.no_grad()
 def merged_state(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
     """The state dict of the model that was given to ``with_lora``, with W + alpha / rank · B·A in place of W.
 
@@ -66,7 +67,7 @@ def merged_state(model: Any, dtype: torch.dtype | None = None) -> dict[str, Tens
             (adapter,) = module.active_adapters
             weight = module.get_base_layer().weight
             merged = weight.float() + module.get_delta_weight(adapter).float()
-            state[f"{name}.weight"] = merged.to(dtype or weight.dtype)
+            state[f"{name}.weight"] = merged.to("cpu", dtype or weight.dtype)  # a GPU has no room for them twice
     return state
 
 

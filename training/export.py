@@ -29,7 +29,7 @@ def save_student(
         (run.model / "README.md").write_text(card, encoding="utf-8")
     if config.student.lora is not None and config.student.model is not None:
         with writing(run.adapter):
-            model.save_pretrained(run.adapter)
+            model.save_pretrained(run.adapter, save_embedding_layers=False)  # or peft asks the Hub about them
             (run.adapter / "README.md").unlink()  # peft's is an empty form
 
 

@@ -91,6 +91,22 @@ def test_a_student_is_the_teacher_of_the_next(
     assert seeds == ["5", "6"]
 
 
+def test_only_the_first_teacher_is_of_the_hub_or_quantised() -> None:
+    config = GenerationsConfig(path="g", count=3, cache="c", train="t")
+    overrides = ["teacher.revision=main", "teacher.backend=vllm", "teacher.quantization=fp8"]
+    first = load_config(CacheConfig, ROOT / "configs/single_node/cache.yaml", overrides)
+    later = load_config(CacheConfig, ROOT / "configs/single_node/cache.yaml", [*overrides, "targets.k=8"])
+    train = load_config(TrainConfig, ROOT / "configs/single_node/student-0.6b.yaml")
+    one, two, three = plan(config, first, later, train)
+    assert one.cache == first.model_dump(mode="json")
+    for before, generation in ((one, two), (two, three)):
+        found = parse_config(CacheConfig, generation.cache, "test")
+        assert (found.teacher.model, found.teacher.revision) == (f"{before.train['run']['path']}/model", None)
+        assert (found.teacher.quantization, found.targets.k) == (None, 8)
+        assert found.store.path == generation.train["data"]["store"] != before.train["data"]["store"]
+        assert generation.train["run"]["seed"] == before.train["run"]["seed"] + 1
+
+
 def test_a_student_that_could_not_be_a_teacher_is_refused_at_once(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,20 +105,26 @@ def test_a_lora_run_goes_on_from_its_checkpoint(
         assert all(torch.equal(tensor, whole[name]) for name, tensor in killed.items()), kind
 
 
+BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+
+
 @pytest.mark.parametrize(
-    ("zero", "save_dtype", "saved"),
+    ("zero", "lora", "save_dtype", "saved"),
     [
-        ({}, None, torch.float32),
-        ({}, "bfloat16", torch.bfloat16),
-        ({"bf16": {"enabled": True}}, None, torch.bfloat16),
-        ({"bf16": {"enabled": True}}, "float32", torch.float32),
+        ({}, None, None, torch.float32),
+        ({}, None, "bfloat16", torch.bfloat16),
+        (BF16, None, None, torch.bfloat16),
+        (BF16, LORA, None, torch.bfloat16),
+        (BF16, LORA, "float32", torch.float32),
     ],
 )
 def test_weights_keep_the_dtype_of_training_or_take_the_one_asked_for(
-    zero: dict[str, Any], save_dtype: str | None, saved: torch.dtype, store: LogitStore, teacher: Path, tmp_path: Path
-) -> None:
-    student = {"from_teacher": {"model": str(teacher), "num_layers": 1}, "save_dtype": save_dtype}
+    zero: dict[str, Any], lora: dict[str, Any] | None, save_dtype: str | None, saved: torch.dtype, store: LogitStore,
+    teacher: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    student = {"from_teacher": {"model": str(teacher), "num_layers": 1}, "lora": lora, "save_dtype": save_dtype}
     result = run_here(tmp_path / "run", store, student, zero, schedule=ONE_STEP)
+    assert not (tmp_path / "run/adapter").exists()  # a cut teacher is on no disk, to put an adapter beside
     weights = load_file(tmp_path / "run/model/model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {saved}
     assert json.loads((tmp_path / "run/model/config.json").read_text())["dtype"] == str(saved).removeprefix("torch.")
