@@ -130,7 +130,13 @@ def _parser() -> argparse.ArgumentParser:
     slice_.set_defaults(run=_slice)
     train = add("train", "train a student on a store", "decant train configs/demo/student-small.yaml loss.alpha=0")
     train.set_defaults(run=_train)
-    for parser_of_config in (tokenize, cache, train):
+    generations = add(
+        "generations",
+        "train students of which each is the next one's teacher",
+        "decant generations configs/demo/generations.yaml count=3",
+    )
+    generations.set_defaults(run=_generations)
+    for parser_of_config in (tokenize, cache, train, generations):
         parser_of_config.add_argument("config", help=CONFIG_HELP)
         parser_of_config.add_argument("overrides", nargs="*", metavar="a.b=value", help=OVERRIDES_HELP)
     report = add("report", "compare finished runs", "decant report runs/demo/students/* --out runs/demo/report")
@@ -252,6 +258,33 @@ def _train(arguments: argparse.Namespace) -> int:
     from training.launch import launch
 
     return launch(arguments.config, arguments.overrides)
+
+
+def _generations(arguments: argparse.Namespace) -> int:
+    from cluster.config import CacheConfig
+    from logit_store import TokenStore
+    from logit_store.config import load_config
+    from training.config import TrainConfig
+    from training.generations import GenerationsConfig, check_context, plan, show
+
+    config = load_config(GenerationsConfig, arguments.config, arguments.overrides)
+    first = load_config(CacheConfig, config.cache, config.cache_set)
+    later = load_config(CacheConfig, config.cache, [*config.cache_set, *config.later_cache_set])
+    train = load_config(TrainConfig, config.train, config.train_set)
+    if config.count > 1:
+        check_context(train, TokenStore.open(first.tokens.path))
+    generations, rows_left_out = plan(config, first, later, train), 0
+    for generation in generations:
+        teacher = generation.cache["teacher"]["model"]
+        print(f"generation {generation.number} of {config.count}: the teacher is {teacher}", flush=True)
+        for verb, path in generation.write().items():
+            code = main([verb, str(path)])  # what is finished is found finished
+            if code == ROWS_LEFT_OUT:
+                rows_left_out = code
+            elif code:
+                return code
+    show(config, generations)
+    return rows_left_out
 
 
 def _report(arguments: argparse.Namespace) -> None:

@@ -1,7 +1,7 @@
 """Small real inputs that the tests share: a corpus, a tokenizer, a teacher, the stores made from them."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -95,3 +95,31 @@ def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[s
     run_decant("tokenize", str(path))
     run_decant("cache", str(path))
     return path, shard_bytes(shared / "long-quiet")
+
+
+# Students
+
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+
+
+@pytest.fixture(scope="session")
+def group_of_one() -> Iterator[None]:
+    """DeepSpeed remembers the first group of a process, so that runs in it share one."""
+    from unittest import mock
+
+    from training.engine import free_port, process_group
+
+    with mock.patch.dict("os.environ", {**ALONE, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}):
+        group = process_group()
+        group.__enter__()
+    yield
+    group.__exit__(None, None, None)
+
+
+@pytest.fixture(scope="module")
+def one_rank(group_of_one: None) -> Iterator[None]:
+    """While the tests of a file last, this process is the only rank."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in ALONE.items():
+            patch.setenv(name, value)
+        yield

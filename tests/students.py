@@ -24,6 +24,9 @@ LLAMA = {
 }
 
 
+CLOCK = ("seconds", "tokens_per_s", "wait")
+
+
 def student_config(folder: str | Path, store: str, **sections: Any) -> dict[str, Any]:
     """A run of 20 steps under a curriculum, as a dictionary; ``sections`` are merged into it or set."""
     config: dict[str, Any] = {
@@ -63,9 +66,7 @@ def run_here(config: dict[str, Any], stop: StopRequest | None = None) -> bool:
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Lines of steps and evaluations, without what depends on the clock."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {key: value for key, value in line.items() if key not in ("seconds", "tokens_per_s", "wait")} for line in lines
-    ]
+    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 
 def weights(folder: str | Path) -> dict[str, torch.Tensor]:

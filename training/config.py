@@ -5,6 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from logit_store.config import Config
+from training.sizes import SIZES
 
 
 class RunConfig(Config):
@@ -56,28 +57,108 @@ class DataConfig(Config):
         return self.teachers or self.mixture or [WeightedStoreConfig(store=str(self.store))]
 
 
+class FromTeacherConfig(Config):
+    """A student made of some of a teacher's layers, with their weights, its embedding, its last norm and its head."""
+
+    model: str
+    """Hub id or directory of the teacher; of any model with the store's tokenizer."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    layers: Literal["alternate"] | list[int] = "alternate"
+    """Which layers, counted from 0, in their order in the student. `alternate` spaces them evenly from the first to the
+    last: of 12, the six 0, 2, 4, 7, 9, 11, which DistilBERT took (arXiv 1910.01108)."""
+    num_layers: int | None = Field(None, ge=1)
+    """alternate: how many; half of them, rounded up, where it is not given."""
+
+    @model_validator(mode="after")
+    def _lists_layers_once(self) -> Self:
+        if self.layers == "alternate":
+            return self
+        if self.num_layers is not None:
+            raise ValueError("`num_layers` goes with layers: alternate; a list says by itself how many there are")
+        if not self.layers or min(self.layers) < 0:
+            raise ValueError("`layers` must name at least one layer; the first is 0")
+        return self
+
+
+class LoraConfig(Config):
+    """Low-rank adaptation (arXiv 2106.09685) through peft: the weights stay, W + alpha / rank · B·A is learned."""
+
+    rank: int = Field(16, ge=1)
+    """Width of A and B."""
+    alpha: float = Field(32.0, gt=0.0)
+    """Scale of what is learned, over the rank."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Dropout of the inputs of A."""
+    target_modules: Literal["all-linear"] | list[str] = "all-linear"
+    """Linear layers by the last parts of their names, as `q_proj`; `all-linear` is every one but the head."""
+
+    @model_validator(mode="after")
+    def _has_targets(self) -> Self:
+        if not self.target_modules:
+            raise ValueError("`target_modules` must name at least one linear layer, or be all-linear")
+        return self
+
+
+ORIGINS = ("model", "config", "size", "from_teacher")
+
+
 class StudentConfig(Config):
-    """The student model: one that exists, or a new one from an architecture."""
+    """The student model: one that exists, a new one by its size or its config, or some layers of a teacher."""
 
     model: str | None = None
     """Hub id or directory of a causal language model to start from."""
     revision: str | None = None
-    """Branch, tag or commit on the Hub."""
+    """Branch, tag or commit of `model` on the Hub."""
     config: dict[str, Any] | None = None
     """A new model: `model_type` and the fields of its transformers config. `vocab_size` defaults to the store's V."""
+    size: str | None = None
+    """A new model by the number of its parameters without the embedding: a name of training/sizes.py, as `160m`."""
+    architecture: Literal["qwen3", "llama"] | None = None
+    """What `size` is built as; qwen3 where it is not given."""
+    from_teacher: FromTeacherConfig | None = None
+    lora: LoraConfig | None = None
+    """Train small matrices beside the frozen weights of `model` or `from_teacher`; the result has them merged."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     attention: Literal["padded", "varlen"] = "padded"
     """How a micro-batch keeps its sequences apart: `padded` as rows of one array; `varlen` one after the other without
     padding, for FlashAttention 2 on a GPU in bf16 or fp16 (`flash-attn` installed)."""
+    save_dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Dtype of the saved weights. Without it they keep the dtype they were trained in: float32, or what `bf16` or
+    `fp16` of the DeepSpeed JSON makes of it."""
 
     @model_validator(mode="after")
     def _has_one_origin(self) -> Self:
-        if (self.model is None) == (self.config is None):
-            raise ValueError("give either `model` (start from one) or `config` (make a new one)")
+        given = [name for name in ORIGINS if getattr(self, name) is not None]
+        if len(given) != 1:
+            came = " and ".join(f"`{name}`" for name in given) or "none of them"
+            raise ValueError(
+                "give one of `model` (start from one), `size` or `config` (make a new one) and `from_teacher` (take "
+                f"some of its layers), not {came}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_origin(self) -> Self:
         if self.config is not None and "model_type" not in self.config:
             raise ValueError("`config` needs `model_type`, e.g. llama or qwen3")
+        if self.size is not None and self.size not in SIZES:
+            raise ValueError(f"no size is called {self.size!r}: choose one of {', '.join(SIZES)}, or give a `config`")
+        if self.size is None and self.architecture is not None:
+            raise ValueError("`architecture` goes with `size`")
+        if self.model is None and self.revision is not None:
+            raise ValueError("`revision` goes with `model`")
+        if self.lora is not None and self.pretrained is None:
+            raise ValueError("`lora` goes with `model` or `from_teacher`: weights of a new student must be trained")
         return self
+
+    @property
+    def pretrained(self) -> tuple[str, str | None] | None:
+        """Name and revision of the model that the weights come from; None of a new one."""
+        if self.from_teacher is not None:
+            return self.from_teacher.model, self.from_teacher.revision
+        return None if self.model is None else (self.model, self.revision)
 
 
 class TowardsConfig(Config):

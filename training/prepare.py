@@ -3,13 +3,14 @@
 from typing import Any, NamedTuple
 
 from logit_store.errors import StoreError
+from training.architecture import check_student
 from training.attention import check_attention
 from training.batches import BatchPlan, Prefix
 from training.check_loss import check_loss
 from training.config import TrainConfig
 from training.engine_config import deepspeed_config
 from training.evaluation import held_out_prefixes
-from training.models import check_architecture, check_tokenizer
+from training.models import check_tokenizer
 from training.plan import custom_identity, make_plan, plan_warnings
 from training.source import Source, open_source
 from training.trackers import check_trackers
@@ -23,6 +24,7 @@ class Prepared(NamedTuple):
     plan: BatchPlan
     held_out: list[Prefix]
     longest: int
+    """Positions of the longest sequence that the student sees, held-out rows included."""
     identity: dict[str, Any]
     engine_config: dict[str, Any]
     warnings: list[str]
@@ -42,10 +44,11 @@ def prepare(config: TrainConfig) -> Prepared:
     held_out = held_out_prefixes(source, config.evaluation.max_rows)
     if not held_out:
         raise StoreError(f"{source.name} has no held-out rows: tokenize with a larger tokens.held_out")
-    check_architecture(config.student)
+    longest = max(plan.longest, *(prefix.positions for prefix in held_out))
+    check_student(config.student, int(source.manifest["vocabulary_size"]), longest)
     differing = check_tokenizer(config.student, source.manifest)
     warnings += [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
     warnings += plan_warnings(plan, config, len(source.rows("train")))
     identity = source.identity() | custom_identity(config)
     identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
-    return Prepared(config, source, plan, held_out, plan.longest, identity, engine_config, warnings)
+    return Prepared(config, source, plan, held_out, longest, identity, engine_config, warnings)

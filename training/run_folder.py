@@ -48,6 +48,7 @@ class RunFolder:
     def __init__(self, path: str) -> None:
         self.path = Path(path)
         self.model = self.path / "model"
+        self.adapter = self.path / "adapter"
         self.checkpoints = self.path / "checkpoints"
         self.tensorboard = self.path / "tensorboard"
 

@@ -1,5 +1,7 @@
 """One rank of `decant train`: build, step until the tokens are spent, evaluate, save."""
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -9,11 +11,12 @@ from training.checkpoints import Checkpoints, crossed
 from training.config import TrainConfig
 from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
 from training.evaluation import Figures, evaluate
+from training.export import save_student
 from training.feed import Feed, Step
 from training.flops import model_flops
-from training.models import build_student, save_tokenizer
+from training.models import build_student, num_parameters
 from training.prepare import Prepared, prepare
-from training.run_folder import RunFolder, writing
+from training.run_folder import RunFolder
 from training.schedules import learning_rate
 from training.stop import AgreedError, StopRequest
 from training.student import Student
@@ -34,9 +37,8 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
     if run.result() is not None:
         return None
     vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
-    longest = max(prepared.longest, *(prefix.positions for prefix in prepared.held_out))
-    model = build_student(config.student, vocabulary_size, longest, config.run.seed)
-    num_parameters, flops = sum(p.numel() for p in model.parameters()), model_flops(model)
+    model = build_student(config.student, vocabulary_size, prepared.longest, config.run.seed)
+    sizes, flops = num_parameters(model), model_flops(model)
     student = Student(model, vocabulary_size, config.loss, prepared.source.temperatures, config.student.attention)
     with process_group() as rank:
         engine = Engine(student, prepared.engine_config)
@@ -49,7 +51,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
             if cursor.tokens_seen < config.schedule.total_tokens:
                 return cursor
             figures = _evaluate(prepared, engine, watch, cursor)
-        _save(prepared, run, engine, cursor, figures, num_parameters, rank)
+        _save(prepared, run, engine, cursor, {**sizes, "held_out": figures}, rank)
     return None
 
 
@@ -98,19 +100,21 @@ def _evaluate(prepared: Prepared, engine: Engine, watch: Watcher, cursor: Cursor
 
 
 def _save(
-    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, figures: Figures, num_parameters: int, rank: int
+    prepared: Prepared, run: RunFolder, engine: Engine, cursor: Cursor, figures: dict[str, Any], rank: int
 ) -> None:
     """Save the model, and then the figures, which mark the run as finished."""
+    result = {**figures, **_progress(run, cursor)} if rank == 0 else {}
     with engine.whole_weights():
         if rank == 0:
-            with writing(run.model):
-                engine.module.model.save_pretrained(run.model)
-                save_tokenizer(prepared.source.files(), run.model)
+            save_student(engine.module.model, prepared.config, prepared.source.stores, result, run)
     if rank == 0:
-        seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
-        progress = {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds}
-        rate = cursor.tokens_seen / seconds
-        run.save_result({"parameters": num_parameters, **progress, "tokens_per_s": rate, "held_out": figures})
+        run.save_result(result)
+
+
+def _progress(run: RunFolder, cursor: Cursor) -> dict[str, Any]:
+    seconds = sum(line.get("seconds", 0.0) for line in run.metrics())
+    rate = cursor.tokens_seen / seconds
+    return {"steps": cursor.step, "tokens": cursor.tokens_seen, "seconds": seconds, "tokens_per_s": rate}
 
 
 def _read(feed: Feed, cursor: Cursor) -> tuple[Step | None, DecantError | None]:

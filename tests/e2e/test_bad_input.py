@@ -179,7 +179,7 @@ def test_train_refuses_before_anything_is_written(
         "student.config.num_atention_heads=2": "llama has no 'num_atention_heads'; did you mean 'num_attention_heads'?",
         "student.config.hidden_size=wide": "student.config: ",
         "student.config.model_type=lama": "student.config: Unrecognized model identifier: lama",
-        "student.model=x": "student: give either `model`",
+        "student.model=x": "student: give one of `model`",
     }
     for override, message in cases.items():
         assert message in refused("train", student_yaml, override)

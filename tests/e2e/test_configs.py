@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 from cluster.config import CacheConfig
-from logit_store.config import Config, load_config
+from logit_store.config import Config, load_config, parse_config
 from logit_store.errors import ConfigError
 from training.config import TrainConfig
 from training.engine_config import OURS, deepspeed_config
+from training.generations import GenerationsConfig, plan
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
@@ -31,6 +32,15 @@ def is_train_config(path: Path) -> None:
         deepspeed_config(config.model_copy(update={"deepspeed": str(ROOT / config.deepspeed)}))
 
 
+def is_generations_config(path: Path) -> None:
+    config = load_config(GenerationsConfig, path)
+    cache, train = load_config(CacheConfig, ROOT / config.cache), load_config(TrainConfig, ROOT / config.train)
+    assert train.data.store == cache.store.path
+    for generation in plan(config, cache, cache, train):  # what is written is read again
+        parse_config(CacheConfig, generation.cache, str(path))
+        parse_config(TrainConfig, generation.train, str(path))
+
+
 def is_deepspeed_config(path: Path) -> None:
     completed = deepspeed_config(train_config(path))
     for key, value in json.loads(path.read_text()).items():
@@ -45,6 +55,7 @@ def is_python(path: Path) -> None:
 RULES: dict[str, Callable[[Path], None]] = {
     r"\w+/cache[\w.-]*\.yaml": is_cache_config,
     r"\w+/(student|teacher)[\w.-]*\.yaml": is_train_config,
+    r"\w+/generations[\w.-]*\.yaml": is_generations_config,
     r"deepspeed/zero\d\.json": is_deepspeed_config,
     r"demo/\w+\.py": is_python,
 }

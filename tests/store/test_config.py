@@ -39,7 +39,7 @@ def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None
     ("override", "message"),
     [
         ("loss.tail=ghosts", "loss.tail: .*'ghost'.*'ground_truth'.*got str 'ghosts'"),
-        ("student.model=some/model", "student: give either `model`"),
+        ("student.model=some/model", "student: give one of `model`"),
         ("curriculum.schedule_type=fixed_discrete", "fixed_discrete needs schedule_config.difficulty"),
         ("curriculum.min_difficulty=900", "min_difficulty 900 is above max_difficulty"),
         ("schedule.tokens_per_step=100", "tokens_per_step 100 is less than curriculum.max_difficulty"),

@@ -104,7 +104,8 @@ def run(name: str, loss: LossConfig, extra: dict[str, Any], steps: int = 4) -> t
     from training.engine_config import _adamw
 
     config = {
-        "optimizer": _adamw(OptimizerConfig(weight_decay=0.0)), "gradient_clipping": 0.0, "steps_per_print": 2**31,
+        "optimizer": _adamw(OptimizerConfig(weight_decay=0.0), offloaded=False), "gradient_clipping": 0.0,
+        "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         **extra,
     }  # fmt: skip

@@ -1,0 +1,53 @@
+"""The trained student as a Hugging Face directory that `AutoModelForCausalLM` and vLLM load."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from logit_store import LogitStore, TokenStore
+from training.config import StudentConfig, TrainConfig
+from training.model_card import model_card
+from training.models import save_tokenizer
+from training.run_folder import RunFolder, writing
+
+
+def save_student(
+    model: Any, config: TrainConfig, stores: Sequence[LogitStore | TokenStore], result: dict[str, Any], run: RunFolder
+) -> None:
+    """Write the student's directory: weights, config, the tokenizer of ``stores``, a model card with ``result``.
+
+    Of a LoRA student the weights are merged, and the adapter alone is written beside, for `student.model`; a student of
+    some of a teacher's layers has no such model on any disk. The weights must be whole, and stay as they are. Raises
+    StudentError: they cannot be written.
+    """
+    with writing(run.model):
+        plain_model(model, config.student).save_pretrained(run.model)
+        save_tokenizer(stores[0].files(), run.model)
+        card = model_card(config, [store.manifest for store in stores], result)
+        (run.model / "README.md").write_text(card, encoding="utf-8")
+    if config.student.lora is not None and config.student.model is not None:
+        with writing(run.adapter):
+            model.save_pretrained(run.adapter, save_embedding_layers=False)  # or peft asks the Hub about them
+            (run.adapter / "README.md").unlink()  # peft's is an empty form
+
+
+def plain_model(model: Any, config: StudentConfig) -> Any:
+    """The student as an ordinary model of transformers on the CPU: adapters merged, in the dtype to save."""
+    dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
+    state = model.state_dict()
+    if config.lora is not None:
+        from training.adapters import merged_state
+
+        state, model = merged_state(model, dtype), model.get_base_model()
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    plain.load_state_dict({name: _on_cpu(tensor, dtype) for name, tensor in state.items()}, assign=True)
+    plain.tie_weights()  # what was one tensor is one tensor again, and is saved once
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _on_cpu(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor.detach().to("cpu", dtype if tensor.is_floating_point() else None)
