@@ -60,8 +60,15 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
         return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
     run = config.run.model_copy(update={"path": str(Path(config.run.path).absolute())})
-    data = config.data.model_copy(update={"store": absolute(config.data.store)})
-    student = config.student.model_copy(update={"model": absolute(config.student.model)})
+    stores: dict[str, Any] = {"store": absolute(config.data.store)}
+    for name in ("teachers", "mixture"):
+        entries = getattr(config.data, name) or []
+        stores[name] = [e.model_copy(update={"store": absolute(e.store)}) for e in entries] or None
+    data, origin = config.data.model_copy(update=stores), config.student.from_teacher
+    models = {"model": absolute(config.student.model)}
+    student = config.student.model_copy(
+        update={**models, "from_teacher": origin and origin.model_copy(update={"model": absolute(origin.model)})}
+    )
     changes = {"run": run, "data": data, "student": student, "deepspeed": absolute(config.deepspeed)}
     return config.model_copy(update=changes)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from logit_store import LogitStore, TokenStore
-from tests.students import metrics, weights
+from tests.students import metrics, run_here, weights
 from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
 
 STUDENT = {
@@ -230,31 +230,25 @@ def metrics_or_none(folder: Path) -> list[str]:
     return path.read_text().splitlines() if path.exists() else []
 
 
-def test_the_deepspeed_command_by_hand_is_the_same(quiet_run: Path, shared: Path) -> None:
-    folder = shared / "runs" / "by-hand"
-    deepspeed = str(Path(DECANT).parent / "deepspeed")
-    environment = {**os.environ, "PATH": str(Path(DECANT).parent)}  # no compiler, no numactl, nothing
-    command = [deepspeed, "--module", "training", "train", str(shared / "student.yaml"), f"run.path={folder}"]
-    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
-    assert metrics(folder) == metrics(quiet_run)
+def cross_entropy(config: dict[str, Any], folder: Path) -> dict[str, Any]:
+    return config | {"run": {"path": str(folder)}, "loss": config["loss"] | {"alpha": 0.0}}
 
 
 def test_a_token_store_trains_a_teacher_on_the_same_batches(
-    tokens: TokenStore, quiet_run: Path, student_config: dict[str, Any], shared: Path
+    tokens: TokenStore, quiet_run: Path, student_config: dict[str, Any], shared: Path, one_rank: None
 ) -> None:
     folder = shared / "runs" / "kd-ce"
-    run_decant("train", str(shared / "student.yaml"), f"run.path={folder}", "loss.alpha=0",
-               f"data.store={tokens.storage.root}")  # fmt: skip
+    assert run_here(cross_entropy(student_config, folder) | {"data": {"store": tokens.storage.root}})
     ours, theirs = metrics(folder), metrics(quiet_run)
     assert [line["tokens_seen"] for line in ours] == [line["tokens_seen"] for line in theirs]
     assert ours[0]["ce"] == ours[0]["loss"] == pytest.approx(theirs[0]["ce"], rel=1e-6)  # the same batch and weights
 
 
 def test_report_is_one_file_that_needs_no_network(
-    quiet_run: Path, student_config: dict[str, Any], shared: Path
+    quiet_run: Path, student_config: dict[str, Any], shared: Path, one_rank: None
 ) -> None:
     twin = shared / "runs" / "twin"
-    run_decant("train", str(shared / "student.yaml"), f"run.path={twin}", "loss.alpha=0")
+    assert run_here(cross_entropy(student_config, twin))
     done = run_decant("report", str(quiet_run), str(twin), "--out", str(shared / "report"))
     page = (shared / "report" / "report.html").read_text()
     assert not re.findall(r"(?:src|href)=\"(?!data:)", page)

@@ -112,7 +112,7 @@ def test_students_read_what_the_teacher_writes(folder: str) -> None:
             "curriculum.schedule_config.difficulty_steps=8",
             "unknown key 'curriculum.schedule_config.difficulty_steps'; did you mean 'difficulty_step'?",
         ),
-        (TrainConfig, STUDENT, "loss.qqqq=1", "unknown key 'loss.qqqq'; known keys: alpha, chunk_positions"),
+        (TrainConfig, STUDENT, "loss.qqqq=1", "unknown key 'loss.qqqq'; known keys: alpha, alpha_schedule, beta"),
     ],
 )
 def test_unknown_key_names_the_nearest(cls: type[Config], path: Path, override: str, message: str) -> None:

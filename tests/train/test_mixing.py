@@ -25,11 +25,11 @@ def test_alpha_and_temperature_follow_their_schedules() -> None:
                                        (80, 0.84, 1.0), (100, 1.0, 1.0), (10**9, 1.0, 1.0)):  # fmt: skip
         mixing.tokens_seen = tokens
         assert mixing.alpha == pytest.approx(alpha, abs=1e-12)
-        assert mixing() == pytest.approx(temperature, abs=1e-12)
+        assert mixing.temperature() == pytest.approx(temperature, abs=1e-12)
     assert mixing.loss.extreme_temperatures == (1.0, 4.0)
     constant = Mixing(LossConfig(alpha=0.3, temperature=2.0))
     constant.tokens_seen = 12345
-    assert (constant.alpha, constant()) == (0.3, 2.0)
+    assert (constant.alpha, constant.temperature()) == (0.3, 2.0)
     assert not list(constant.parameters())
 
 
@@ -40,7 +40,7 @@ def test_a_learned_temperature_is_pushed_where_the_loss_grows() -> None:
     found = []
     for tokens in (0, 50, 100, 1000):
         mixing.tokens_seen = tokens
-        temperature = mixing()
+        temperature = mixing.temperature()
         assert isinstance(temperature, torch.Tensor)
         assert float(temperature.detach()) == mixing.last_temperature == 2.0
         (gradient,) = torch.autograd.grad(3.0 * temperature, [weight])  # a loss that grows with T
@@ -48,7 +48,7 @@ def test_a_learned_temperature_is_pushed_where_the_loss_grows() -> None:
     whole = -3.0 * (3.0 - 1.0) * 0.25 / 10.0
     assert found == pytest.approx([0.0, 0.5 * whole, whole, whole], abs=1e-5)
     torch.nn.init.constant_(weight, 1.0)
-    mixing()
+    mixing.temperature()
     assert mixing.last_temperature == pytest.approx(3.0, abs=1e-3)
 
 

@@ -96,7 +96,7 @@ def test_a_lora_run_goes_on_from_its_checkpoint(store: LogitStore, teacher: Path
         assert all(torch.equal(tensor, whole[name]) for name, tensor in resumed.items()), kind
 
 
-BF16: dict[str, Any] = {"bf16": {"enabled": True}}
+BF16: dict[str, Any] = {"bf16": {"enabled": True}, "zero_optimization": {"stage": 1}}
 
 
 @pytest.mark.parametrize(
