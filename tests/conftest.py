@@ -11,9 +11,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network for anything
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two cores are shared by several processes
 
 from tests.toy import (
+    PLANTED,
     in_process_workers,
     make_cache_config,
     make_corpus,
+    make_here,
     make_long,
     make_teacher,
     make_tokenizer,
@@ -68,7 +70,8 @@ def store(cache_config: dict[str, Any], tokens: Any, shared: Path) -> Any:
     """The shared logit store, made by `decant cache` with real Ray actors."""
     from logit_store import LogitStore
 
-    run_decant("cache", str(shared / "cache.yaml"))
+    done = run_decant("cache", str(shared / "cache.yaml"), env={**os.environ, **PLANTED})
+    (shared / "cache.log").write_text(done.stdout + done.stderr)
     return LogitStore.open(cache_config["store"]["path"])
 
 
@@ -90,11 +93,10 @@ def make_store(cache_config: dict[str, Any], tokens: Any, shared: Path) -> Calla
 
 @pytest.fixture(scope="session")
 def long_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A cache config that takes some ten seconds, and the shards of an undisturbed run."""
-    path = write_yaml(shared / "long.yaml", make_long(cache_config, shared))
-    run_decant("tokenize", str(path))
-    run_decant("cache", str(path))
-    return path, shard_bytes(shared / "long-quiet")
+    """A cache config that takes some ten seconds, and the shards of a run in one process."""
+    config = make_long(cache_config, shared)
+    make_here(config)
+    return write_yaml(shared / "long.yaml", config), shard_bytes(shared / "long-quiet")
 
 
 # Students

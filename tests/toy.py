@@ -18,6 +18,8 @@ DECANT = str(Path(sys.executable).parent / "decant")
 LIBRARY = Path(json.__file__).parents[1]
 WINDOW = 48
 END = "<|endoftext|>"
+PLANTED = {"RAY_AUTH_TOKEN": "5ec3e7" * 10, "HF_TOKEN": "hf_plantedsecret", "AWS_SECRET_ACCESS_KEY": "plantedkey"}
+"""Secrets in the environment of the job that makes the shared store: nothing of them may be found in what it writes."""
 
 
 def run_decant(*arguments: str, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[str]":
@@ -151,15 +153,30 @@ def make_teacher(folder: Path, tokenizer: Path, vocab_size: int = 416, context: 
     return folder
 
 
+def make_here(config: dict[str, Any]) -> None:
+    """`decant tokenize` and `decant cache` of the config in this process: what they should give on any cluster."""
+    from cluster.cache import cache
+    from cluster.config import CacheConfig
+    from cluster.tokenize import tokenize
+    from logit_store.config import parse_config
+
+    with in_process_workers():
+        tokenize(parse_config(CacheConfig, config, "test"))
+        cache(parse_config(CacheConfig, config, "test"))
+
+
 def in_process_workers() -> Any:
-    """Within the block, `cache` scores its shards in this process instead of in actors."""
+    """Within the block, `tokenize` and `cache` do their work in this process instead of in Ray's."""
     from concurrent.futures import Future
 
-    from cluster import ray_cluster, ray_workers
+    from cluster import ray_cluster, ray_tasks, ray_workers
 
     @contextmanager
     def session(_config: Any) -> Iterator[None]:
         yield
+
+    def map_here(function: Any, shared: Any, items: Any) -> Iterator[Any]:
+        return (function(shared, item) for item in items)
 
     def call(worker: Any, method: str, *arguments: Any) -> "Future[Any]":
         future: Future[Any] = Future()
@@ -171,6 +188,7 @@ def in_process_workers() -> Any:
 
     stack = ExitStack()
     stack.enter_context(mock.patch.multiple(ray_cluster, session=session, check_room=mock.Mock()))
+    stack.enter_context(mock.patch.object(ray_tasks, "map_tasks", map_here))
     here: dict[str, Any] = {
         "meter": mock.Mock(),
         "start_worker": lambda _config, worker, arguments: worker(*arguments),

@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from tests import chaos
 from tests.toy import shard_bytes
@@ -10,10 +11,10 @@ from training.engine import free_port
 KILLS = 10
 
 
-def test_ten_kills_change_no_byte(long_cache: tuple[Path, dict[str, bytes]], tmp_path: Path) -> None:
+def test_ten_kills_change_no_byte(long_cache: tuple[Path, dict[str, bytes]], store: Any, tmp_path: Path) -> None:
     """Every store that was made meanwhile is the undisturbed one."""
     config, quiet = long_cache
-    start_s = chaos.start_seconds(Path(config).parent / "long-quiet")
+    start_s = chaos.start_seconds(Path(store.storage.root))  # of real workers
     assert start_s is not None
     with chaos.running(free_port()) as cluster:
         stores, kills = chaos.torment(

@@ -1,6 +1,5 @@
 """Who can reach a run, and what it writes down: a local cluster is ours alone, and no secret is ever stored."""
 
-import json
 import os
 import subprocess
 import sys
@@ -13,7 +12,8 @@ import pytest
 
 import decant
 from cluster.submit import CREDENTIALS
-from tests.toy import ROOT, run_decant, write_yaml
+from logit_store import LogitStore
+from tests.toy import PLANTED, ROOT
 
 SESSION = """
 import sys
@@ -143,18 +143,11 @@ for _ in range(2):
 # Secrets
 
 
-PLANTED = {"RAY_AUTH_TOKEN": "5ec3e7" * 10, "HF_TOKEN": "hf_plantedsecret", "AWS_SECRET_ACCESS_KEY": "plantedkey"}
-
-
-def test_no_secret_of_the_environment_is_written_down(
-    cache_config: dict[str, Any], tokens: Any, tmp_path: Path
-) -> None:
-    raw = json.loads(json.dumps(cache_config))
-    raw["store"]["path"] = str(tmp_path / "store")
-    done = run_decant("cache", str(write_yaml(tmp_path / "cache.yaml", raw)), env={**os.environ, **PLANTED})
-    files = [path for path in tmp_path.rglob("*") if path.is_file()]
-    assert any(path.name == "manifest.json" for path in files)
-    written = (done.stdout + done.stderr).encode() + b"".join(path.read_bytes() for path in files)
+def test_no_secret_of_the_environment_is_written_down(store: LogitStore, shared: Path) -> None:
+    folders = (Path(store.storage.root), Path(f"{store.storage.root}.job"))
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
+    assert {"manifest.json", "status.json"} <= {path.name for path in files}
+    written = (shared / "cache.log").read_bytes() + b"".join(path.read_bytes() for path in files)
     for name, secret in PLANTED.items():
         assert secret.encode() not in written, name
 

@@ -13,7 +13,7 @@ import pytest
 from logit_store import LogitStore
 from tests.namespaces import Namespace, namespaces, needs_root
 from tests.ray_node import ray_node, token_environment, wait_until
-from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
+from tests.toy import DECANT, ROOT, make_here, num_committed, shard_bytes, write_yaml
 
 PORT = 6379
 NUM_SHARDS = 48
@@ -31,7 +31,7 @@ print(json.dumps(collections.Counter(address[task.node_id] for task in scored)))
 
 @pytest.fixture(scope="module")
 def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A config of half a minute of work (one row per batch), and the shards of a quiet run on one machine."""
+    """A config of half a minute of work (one row per batch), and the shards of a run in one process."""
     raw = json.loads(json.dumps(cache_config))
     texts = [path.read_text()[:12_000] for path in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py"))]
     corpus = shared / "nodes.jsonl"
@@ -43,10 +43,8 @@ def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[s
     }
     raw["teacher"]["batch_tokens"] = 1
     raw["store"]["path"] = str(shared / "nodes-quiet")
-    path = write_yaml(shared / "nodes.yaml", raw)
-    run_decant("tokenize", str(path))
-    run_decant("cache", str(path))
-    return path, shard_bytes(shared / "nodes-quiet")
+    make_here(raw)
+    return write_yaml(shared / "nodes.yaml", raw), shard_bytes(shared / "nodes-quiet")
 
 
 @pytest.fixture
