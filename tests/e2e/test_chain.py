@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 import torch
 
-from logit_store import LogitStore, TokenStore
+from logit_store import TokenStore
 from tests.students import metrics, run_here, weights
-from tests.toy import DECANT, ROOT, num_committed, run_decant, shard_bytes, write_yaml
+from tests.toy import DECANT, ROOT, run_decant, write_yaml
 
 STUDENT = {
     "config": {
@@ -96,35 +96,6 @@ def test_inspect_says_what_is_in_it(store: Any) -> None:
     assert (shown["k"], shown["vocabulary_size"], shown["tail"]) == (16, 400, "exact")
     assert len(shown["labels_id"]) == len(shown["text_id"]) == 64
     assert "labels_id" in run_decant("inspect", store.storage.root).stdout
-
-
-def worker_pids() -> list[int]:
-    found = subprocess.run(["pgrep", "-f", "ray::TeacherWorker"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
-
-
-def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
-    long_cache: tuple[Path, dict[str, bytes]], shared: Path
-) -> None:
-    path, quiet = long_cache
-    folder = shared / "long-killed"
-    arguments = ("cache", str(path), f"store.path={folder}")
-
-    driver = Started(shared / "killed.log", *arguments)
-    driver.wait_until(lambda: num_committed(folder) >= 2)
-    driver.kill()
-    while worker_pids():  # they die with their raylet
-        time.sleep(0.1)
-    assert 2 <= num_committed(folder) < 12
-    assert not (folder / "manifest.json").exists()
-
-    before = num_committed(folder)
-    driver = Started(shared / "resumed.log", *arguments)
-    driver.wait_until(lambda: num_committed(folder) > before)
-    os.kill(worker_pids()[0], signal.SIGKILL)  # Ray starts it again, and its shard
-    assert driver.wait() == 0, driver.log.read_text()
-    assert shard_bytes(folder) == quiet
-    LogitStore.open(str(folder))
 
 
 # Students

@@ -18,8 +18,8 @@ from cluster import ray_cluster, ray_tasks
 from cluster.config import ClusterConfig
 from logit_store import TokenStore
 from logit_store.errors import CorpusError, DecantError
-from tests.e2e.test_chain import Started, shard_bytes
-from tests.toy import ROOT, num_committed, run_decant, write_yaml
+from tests.e2e.test_chain import Started
+from tests.toy import ROOT, num_committed, run_decant, shard_bytes, write_yaml
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +111,15 @@ def test_the_driver_never_holds_the_corpus(cache_config: dict[str, Any], shared:
 
 @pytest.fixture(scope="module")
 def ray_session() -> Iterator[None]:
+    """One of several sessions that tests of this process open one after the other."""
+    before = authentication()
     with ray_cluster.session(ClusterConfig()):
         yield
+    assert authentication() == before
+
+
+def authentication() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
 
 
 def double(shared: int, item: int) -> int:

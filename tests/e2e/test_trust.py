@@ -122,24 +122,6 @@ def test_a_local_cluster_lets_its_own_token_in(local_cluster: tuple[int, str]) -
     assert not [path for path in logs if variables["RAY_AUTH_TOKEN"].encode() in path.read_bytes()]
 
 
-def test_sessions_of_one_process_do_not_hinder_each_other() -> None:
-    code = """
-import os, ray
-from cluster import ray_cluster
-from cluster.config import ClusterConfig
-def authentication():
-    return {name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")}
-before = authentication()
-for _ in range(2):
-    with ray_cluster.session(ClusterConfig()):
-        print(ray.get(ray.remote(lambda: 7).remote()), ray.util.get_node_ip_address())
-    assert authentication() == before
-"""
-    done = run_python(code)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.split() == ["7", "127.0.0.1"] * 2
-
-
 # Secrets
 
 
