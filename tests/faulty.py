@@ -69,7 +69,7 @@ class Placed:
 
 
 class FlakyFileSystem(DirFileSystem):
-    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in four, never three times
+    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in six, never three times
     in a row.
 
     Errors, time-outs, and the worst: a write that was carried out, and said to have failed.
@@ -87,10 +87,10 @@ class FlakyFileSystem(DirFileSystem):
     def _fail(self) -> None:
         with self._lock:
             drawn = self._random.random() if self._failures < 2 else 1.0
-            self._failures = self._failures + 1 if drawn < 0.25 else 0
-        if drawn < 0.125:
+            self._failures = self._failures + 1 if drawn < 1 / 6 else 0
+        if drawn < 1 / 12:
             raise TimeoutError("the object store did not answer")
-        if drawn < 0.25:
+        if drawn < 1 / 6:
             raise OSError(errno.EIO, "503 Slow Down")
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_options: Any) -> None:

@@ -58,9 +58,13 @@ def test_a_store_of_every_kind_and_the_teacher_says_it_again(
         "run": {"path": "unused"}, "data": {"store": made.storage.url},
         "student": {"config": {"model_type": "llama", "hidden_size": 16, "num_attention_heads": 2}},
         "schedule": {"total_tokens": 1000, "tokens_per_step": 200, "lr": 0.01},
+        "loss": {"tail": "none" if kind == "top_p" else "sampled", "temperature": 2.0 if kind == "threshold" else 1.0},
     }  # fmt: skip
-    with pytest.raises(ConfigError, match=f"targets of kind {kind}"):
-        prepare(parse_config(TrainConfig, config, "student"))
+    prepare(parse_config(TrainConfig, config, "student"))
+    wrong = {**config, "loss": {"tail": "sampled" if kind == "top_p" else "ghost"}}
+    if kind != "threshold":  # which has heads and draws
+        with pytest.raises(ConfigError, match=f"targets of kind {kind}"):
+            prepare(parse_config(TrainConfig, wrong, "student"))
     drift = rescore(made.storage.url, 5)
     assert drift.is_within(1e-4)
     again = drift.overall

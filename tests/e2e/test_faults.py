@@ -115,7 +115,7 @@ def test_a_machine_that_cannot_score_ends_the_job(config: CacheConfig) -> None:
 
 
 @pytest.mark.usefixtures("local_cluster")
-def test_storage_that_fails_one_call_in_four(config: CacheConfig, tmp_path: Path, tokens: TokenStore) -> None:
+def test_storage_that_fails_one_call_in_six(config: CacheConfig, tmp_path: Path, tokens: TokenStore) -> None:
     """Workers that give up at the first failure, so that the schedule has to deal with it; tokens are remote too."""
     raw = config.model_dump() | {"store": {"path": f"flaky://{tmp_path}/remote"}}
     raw["tokens"] |= {"path": f"flaky://{tokens.storage.root}"}
