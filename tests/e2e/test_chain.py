@@ -18,20 +18,8 @@ import pytest
 import torch
 
 from logit_store import TokenStore
-from tests.students import metrics, run_here, weights
+from tests.students import LLAMA, metrics, run_here, weights
 from tests.toy import DECANT, ROOT, run_decant, write_yaml
-
-STUDENT = {
-    "config": {
-        "model_type": "llama",
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 64,
-    }
-}
 
 
 class Started:
@@ -106,7 +94,7 @@ def student_config(store: Any, shared: Path) -> dict[str, Any]:
     return {
         "run": {"path": str(shared / "runs" / "kd")},
         "data": {"store": store.storage.root},
-        "student": STUDENT,
+        "student": {"config": LLAMA},
         "loss": {"alpha": 0.7, "tail": "ghost"},
         "schedule": {"total_tokens": 6000, "tokens_per_step": 300, "lr": 0.01, "warmup_tokens": 600,
                      "micro_batch_tokens": 400},
