@@ -13,8 +13,7 @@ import decant
 from cluster.config import CacheConfig
 from logit_store import LogitStore
 from logit_store.config import load_config, parse_config
-from tests.e2e.test_chain import STUDENT
-from tests.students import run_here
+from tests.students import LLAMA, run_here
 from tests.toy import ROOT, in_process_workers, write_yaml
 from training.config import TrainConfig
 from training.generations import Generation, GenerationsConfig, plan
@@ -28,7 +27,7 @@ def config(store: Any, shared: Path, tmp_path: Path) -> dict[str, Any]:
     train = {
         "run": {"path": "set by each generation", "seed": 5},
         "data": {"store": "set by each generation"},
-        "student": STUDENT,
+        "student": {"config": LLAMA},
         "loss": {"alpha": 0.7},
         "schedule": {"total_tokens": 4000, "tokens_per_step": 400, "lr": 0.02},
         "evaluation": {"max_rows": HELD_OUT_ROWS},
@@ -112,7 +111,7 @@ def test_a_student_that_could_not_be_a_teacher_is_refused_at_once(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Rows of 48 tokens are 47 positions to a student, but take a teacher with a context of 49."""
-    train = {"student": {"config": {**STUDENT["config"], "max_position_embeddings": 48}}}
+    train = {"student": {"config": {**LLAMA, "max_position_embeddings": 48}}}
     write_yaml(tmp_path / "train.yaml", {**_yaml(tmp_path / "train.yaml"), **train})
     path = str(write_yaml(tmp_path / "generations.yaml", config))
     assert decant.main(["generations", path]) == 2
