@@ -3,6 +3,7 @@
 Shapes: N positions, V vocabulary, K candidates of each position, H entries of all heads together.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -61,10 +62,10 @@ def empty(num_positions: int, device: torch.device) -> Head:
 
 
 def _top_ids(logits_NV: Tensor, k: int) -> Tensor:
-    """Ids of the k largest logits in any order. ``topk`` leaves open which of the equal ones at the cut it takes."""
+    """Ids of the k largest logits in any order. Which of the equal ones at the cut ``_largest`` takes is left open."""
     if k == logits_NV.shape[1]:
         return torch.arange(k, device=logits_NV.device).expand(len(logits_NV), k)
-    values_NK, ids_NK = logits_NV.topk(k + 1, dim=-1)
+    values_NK, ids_NK = _largest(logits_NV, k + 1)
     is_tied_N = values_NK[:, -2] == values_NK[:, -1]
     ids_NK = ids_NK[:, :k]
     if bool(is_tied_N.any()):
@@ -74,3 +75,24 @@ def _top_ids(logits_NV: Tensor, k: int) -> Tensor:
         is_top_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1) <= num_equal_N1))
         ids_NK[is_tied_N] = is_top_NV.nonzero()[:, 1].view(-1, k)
     return ids_NK
+
+
+def _largest(logits_NV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits, largest first, and their ids: ``logits_NV.topk(k)``, at half its price or less.
+
+    In two steps: the k groups of ids whose largest logits are largest hold k largest logits, since a group outside has
+    k values at least as large as its own before it. Group g of W is the ids g, g + W, g + 2W, …, so that the maximum
+    over groups is one over columns; √(V/k) ids to a group make both steps choose from equally many.
+    """
+    num_positions, width = logits_NV.shape
+    group_size = math.isqrt(width // k)
+    if group_size < 2:
+        return tuple(logits_NV.topk(k))
+    num_groups = width // group_size
+    ends = group_size * num_groups  # the few ids beyond belong to no group
+    groups_NK = logits_NV[:, :ends].unflatten(1, (group_size, num_groups)).amax(1).topk(k, sorted=False).indices
+    steps_G1 = torch.arange(0, ends, num_groups, device=logits_NV.device)[:, None]
+    beyond_NE = torch.arange(ends, width, device=logits_NV.device).expand(num_positions, -1)
+    candidates_NC = torch.cat([(groups_NK[:, None] + steps_G1).flatten(1), beyond_NE], 1)
+    values_NK, at_NK = logits_NV.gather(-1, candidates_NC).topk(k)
+    return values_NK, candidates_NC.gather(-1, at_NK)

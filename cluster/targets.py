@@ -19,9 +19,12 @@ from logit_store.errors import ConfigError, TeacherError
 CHUNK_BYTES = 256 * 2**20
 """Float32 logits held at once: 441 positions at V = 151,936."""
 
-CACHE_BYTES = 4 * 2**20
+CACHE_BYTES = 2 * 2**20
 """Float32 logits that a CPU chooses from at once: they and what is made of them stay in its cache (and in memory that
 the allocator keeps: larger temporaries are mapped, and their pages cleared, each time)."""
+
+SURE_MASS = 1e-23
+"""Sums of probabilities that float32 forms as exactly as any: 2^24 of them below its smallest, 1e-38, are nothing."""
 
 
 def chunk_positions(width: int, num_bytes: int = CHUNK_BYTES) -> int:
@@ -80,29 +83,30 @@ class Selector:
         return Targets.join([self._select(*part) for part in parts])
 
     def _select(self, logits_NW: Tensor, next_ids_N: Tensor, rows_N: Tensor, positions_N: Tensor) -> Targets:
-        rest_NW = logits_NW.to(torch.float32, copy=True)  # what is kept is made −inf, step by step
         # A common offset of −100 would cost all that follows two of float32's seven digits.
-        rest_NW -= rest_NW.amax(-1, keepdim=True)
+        rest_NW = logits_NW.float() - logits_NW.amax(-1, keepdim=True).float()  # what is kept is made −inf
+        mass_NW = rest_NW.exp()  # and 0
         next_ids_N1, always_F = next_ids_N[:, None], torch.tensor(self.targets.always, device=rest_NW.device).long()
-        lse_N1, lse_NS = self._log_sums(rest_NW)
+        lse_N1, lse_NS = self._log_sums(rest_NW, mass_NW)
         head = self._head(rest_NW[:, : self.vocabulary_size], lse_N1, lse_NS)
         at_head = (head.at_H, head.ids_H)
         head_logprobs_H = rest_NW[at_head] - lse_N1[head.at_H, 0]
         next_logprob_N1 = rest_NW.gather(-1, next_ids_N1) - lse_N1
         forced_logprobs_NF = rest_NW[:, always_F] - lse_N1
-        rest_NW[at_head] = -torch.inf
-        rest_NW.scatter_(-1, next_ids_N1, -torch.inf)
-        rest_NW[:, always_F] = -torch.inf
-        tail_N1 = rest_NW.logsumexp(-1, keepdim=True) - lse_N1
+        for left_NW, nothing in ((rest_NW, -torch.inf), (mass_NW, 0.0)):
+            left_NW[at_head] = nothing
+            left_NW.scatter_(-1, next_ids_N1, nothing)
+            left_NW[:, always_F] = nothing
+        tail_N1 = _log_sum(rest_NW, mass_NW) - lse_N1
         log_partition_NS = lse_NS - lse_N1 / lse_N1.new_tensor(self.targets.temperatures)
         kept = (head.counts_N.int(), head.ids_H.int(), head_logprobs_H, next_logprob_N1[:, 0])
         draws = self._draws(rest_NW, tail_N1, lse_NS, rows_N, positions_N)
         columns = (*kept, tail_N1[:, 0], log_partition_NS, forced_logprobs_NF, *draws)
         return Targets(*(column.cpu().numpy() for column in columns))
 
-    def _log_sums(self, logits_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """Log-sum-exp of the logits [N, 1], and log Σ exp(logits / T) of each stored temperature [N, S]."""
-        lse_N1 = logits_NW.exp().sum(-1, keepdim=True).log()  # the largest of them is 0
+    def _log_sums(self, logits_NW: Tensor, mass_NW: Tensor) -> tuple[Tensor, Tensor]:
+        """Log Σ exp(logits) [N, 1], and log Σ exp(logits / T) of each stored temperature [N, S]."""
+        lse_N1 = mass_NW.sum(-1, keepdim=True).log()
         if not bool(torch.isfinite(lse_N1).all()):
             raise TeacherError(
                 "the teacher's logits hold NaN or infinity: score in another teacher.dtype (float16 overflows first)"
@@ -144,3 +148,13 @@ class Selector:
         ids_NM = draw(weights_NV.exp_(), points_NM).sort(-1).values
         is_drawn_NM = torch.arange(ids_NM.shape[1], device=ids_NM.device) < counts_N1
         return counts_N1[:, 0], ids_NM[is_drawn_NM].int()
+
+
+def _log_sum(logits_NW: Tensor, mass_NW: Tensor) -> Tensor:
+    """Log of the sums of ``mass_NW = exp(logits_NW)`` [N, 1]; from the logits where float32 runs out of exponents."""
+    sums_N1 = mass_NW.sum(-1, keepdim=True)
+    is_faint_N = sums_N1[:, 0] < SURE_MASS
+    log_sums_N1 = sums_N1.log()
+    if bool(is_faint_N.any()):
+        log_sums_N1[is_faint_N] = logits_NW[is_faint_N].logsumexp(-1, keepdim=True)
+    return log_sums_N1

@@ -3,44 +3,75 @@
     python -m tests.bench.job        # prints the shares of the phases, writes docs/benchmarks/job.csv
 
 One worker with two threads labels random rows with the teacher of tests/bench/teacher.py (110M parameters, V = 32,768,
-rows of 512 tokens, k = 64) and writes them, as a user types it. Its rate counts from its first shard to its last: how
-long processes take to start is no matter of speed in a job of days. Before and after it, this process times the bare
-pass: the decoder, and one matrix product with the LM head, by the same batches. Three rounds, for the machine's moods.
+rows of 512 tokens, k = 64) and writes them. The bare pass is the decoder, and one matrix product of all hidden states
+with the LM head, over the same batches. It runs in the same worker, before or after each shard in turns, so that what
+slows the machine down slows both. A shard's ratio is the seconds of its bare pass over all others between its end and
+that of the shard before; how long processes take to start is no matter of speed in a job of days.
 """
 
 import csv
 import json
 import statistics
-import subprocess
 import tempfile
-import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from cluster.cache import cache
+from cluster.config import CacheConfig
 from cluster.phases import PHASES
-from logit_store import TokenRow
+from cluster.transformers_teacher import TransformersTeacher, equal_length_batches
+from cluster.worker import TeacherWorker
+from logit_store import Targets, TokenRow
+from logit_store.config import parse_config
 from tests.bench import teacher as bench
 from tests.bench.machine import about
-from tests.toy import DECANT, ROOT, write_tokens, write_yaml
+from tests.toy import write_tokens
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "job.csv"
-SHARDS, ROWS, BATCH_ROWS, THREADS, ROUNDS = 8, 8, 2, 2, 3
+SHARDS, ROWS, BATCH_ROWS, THREADS = 25, 4, 2, 2
+
+
+class TwofoldTeacher(TransformersTeacher):
+    """Scores rows, and runs the bare pass over them in a phase of its own."""
+
+    bare_first = False
+
+    def score(self, rows: list[np.ndarray], numbers: list[int]) -> list[Targets]:
+        self.bare_first = not self.bare_first
+        if self.bare_first:
+            self._bare(rows)
+        targets = super().score(rows, numbers)
+        if not self.bare_first:
+            self._bare(rows)
+        return targets
+
+    @torch.inference_mode()
+    def _bare(self, rows: list[np.ndarray]) -> None:
+        with self.phases.measure("bare"):
+            for members in equal_length_batches([len(row) for row in rows], self.batch_tokens):
+                ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64))
+                self.model.lm_head(self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state)
+
+
+class TwofoldWorker(TeacherWorker):
+    def load_teacher(self) -> Any:
+        teacher: Any = super().load_teacher()
+        teacher.__class__ = TwofoldTeacher
+        return teacher
 
 
 def main() -> None:
     """Measure, print, write."""
-    torch.set_num_threads(THREADS)
     with tempfile.TemporaryDirectory(prefix="job") as name:
         config = prepare(Path(name))
-        rounds = [measure(config, Path(name) / str(i)) for i in range(ROUNDS)]
-    of_bare, rate, bare, phases = sorted(rounds, key=lambda found: found[0])[ROUNDS // 2]
-    print(f"decant cache {rate:.0f} tok/s, bare forward pass {bare:.0f} tok/s: {of_bare:.3f}")
-    fields: dict[str, Any] = {"tokens_per_s": round(rate, 1), "bare_tokens_per_s": round(bare, 1)}
-    fields |= {"of_bare": round(of_bare, 3), "ratios": " ".join(f"{found[0]:.3f}" for found in rounds)}
-    fields |= {f"share_{phase}": round(phases[phase], 4) for phase in PHASES}
+        cache(config, TwofoldWorker)
+        (log,) = Path(f"{config.store.path}.job").glob("log-*.jsonl")
+        fields = steady([json.loads(line) for line in log.read_text().splitlines()])
+    print(json.dumps(fields, indent=2))
     fields |= {"vocabulary": bench.V, "row_tokens": bench.T, "threads": THREADS}
     fields |= about("torch", "transformers", "ray")
     with open(RESULT, "w", newline="") as file:
@@ -49,20 +80,8 @@ def main() -> None:
         table.writerow(fields)
 
 
-def measure(config: Path, store: Path) -> tuple[float, float, float, dict[str, float]]:
-    """One job between two rounds of the bare pass: its rate by theirs, its rate, theirs, the shares of its phases."""
-    before = bare_tokens_per_s(config.parent / "teacher")
-    command = [DECANT, "cache", str(config), f"store.path={store}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    print(done.stderr[done.stderr.index("this run") :])
-    bare = statistics.median([*before, *bare_tokens_per_s(config.parent / "teacher")])
-    (log,) = Path(f"{store}.job").glob("log-*.jsonl")
-    rate, phases = steady([json.loads(line) for line in log.read_text().splitlines()])
-    return rate / bare, rate, bare, phases
-
-
-def prepare(folder: Path) -> Path:
-    """Teacher, tokenizer and token shards in the folder; the config's path."""
+def prepare(folder: Path) -> CacheConfig:
+    """Teacher, tokenizer and token shards in the folder; the job's config."""
     bench.save_model(folder / "teacher")
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
@@ -84,31 +103,26 @@ def prepare(folder: Path) -> Path:
         "store": {"path": str(folder / "store")},
         "cluster": {"workers": 1, "cpus_per_worker": THREADS},
     }  # fmt: skip
-    return write_yaml(folder / "cache.yaml", raw)
+    return parse_config(CacheConfig, raw, "bench")
 
 
-def bare_tokens_per_s(folder: Path) -> list[float]:
-    """Rates of bare forward passes over batches of random rows."""
-    from transformers import AutoModelForCausalLM
-
-    model, rng = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval(), np.random.default_rng(1)
-    rates = []
-    for turn in range(7):
-        ids_BT = torch.from_numpy(rng.integers(0, bench.V, (BATCH_ROWS, bench.T)))
-        started = time.perf_counter()
-        with torch.inference_mode():
-            model.lm_head(model.get_decoder()(input_ids=ids_BT, use_cache=False).last_hidden_state)
-        if turn:  # the first warms up
-            rates.append(ids_BT.numel() / (time.perf_counter() - started))
-    return rates
-
-
-def steady(log: list[dict[str, Any]]) -> tuple[float, dict[str, float]]:
-    """Tokens per second from the first shard's end to the last's; the phases' shares of that time."""
+def steady(log: list[dict[str, Any]]) -> dict[str, Any]:
+    """Rates and ratios of all shards but the first; the phases' shares of the time without the bare passes."""
     done = [line for line in log if line["event"] == "done"]
-    seconds = done[-1]["time"] - done[0]["time"]
-    phases = {phase: sum(line["seconds"].get(phase, 0.0) for line in done[1:]) / seconds for phase in PHASES}
-    return sum(line["tokens"] for line in done[1:]) / seconds, phases
+    tokens = [line["tokens"] for line in done[1:]]
+    bare = [line["seconds"]["bare"] for line in done[1:]]
+    own = [line["time"] - before["time"] - line["seconds"]["bare"] for before, line in pairwise(done)]
+    ratios = [theirs / ours for theirs, ours in zip(bare, own, strict=True)]
+    low, median, high = statistics.quantiles(ratios, n=4)
+    phases = {phase: sum(line["seconds"].get(phase, 0.0) for line in done[1:]) / sum(own) for phase in PHASES}
+    return {
+        "tokens_per_s": round(sum(tokens) / sum(own), 1),
+        "bare_tokens_per_s": round(sum(tokens) / sum(bare), 1),
+        "of_bare": round(median, 3),
+        "of_bare_quartiles": f"{low:.3f} {high:.3f}",
+        "of_bare_in_all": round(sum(bare) / sum(own), 3),
+        **{f"share_{phase}": round(share, 4) for phase, share in phases.items()},
+    }
 
 
 if __name__ == "__main__":

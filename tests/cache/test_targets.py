@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from cluster import heads
 from cluster.config import TargetsConfig
 from cluster.targets import CACHE_BYTES, Selector, chunk_positions
 from logit_store import LogitRow, Targets, TokenRow
@@ -118,6 +119,17 @@ def test_targets_are_the_dense_distribution(
         np.testing.assert_allclose(one.log_partition_PS[0], expected, atol=3e-5)
 
 
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 5), st.integers(2, 3000), st.integers(1, 70), st.integers(1, 400), st.integers(0, 2**31))
+def test_the_k_largest_are_found_group_by_group(n: int, width: int, k: int, levels: int, seed: int) -> None:
+    """Few levels make ties, in and between the groups of ids; of equal logits the lower ids are taken."""
+    logits_NV = np.random.default_rng(seed).integers(0, levels, (n, width)).astype(np.float32)
+    k = min(k, width)
+    expected_NK = np.sort(np.argsort(-logits_NV, axis=1, kind="stable")[:, :k], axis=1)
+    found = heads.top_k(torch.from_numpy(logits_NV), k)
+    np.testing.assert_array_equal(found.ids_H.view(n, k).numpy(), expected_NK)
+
+
 def test_many_positions_are_chosen_as_few_are() -> None:
     """More than one block of the CPU's cache, and a last block that is short."""
     width = 5000
@@ -132,15 +144,16 @@ def test_many_positions_are_chosen_as_few_are() -> None:
             np.testing.assert_allclose(one, other, atol=1e-6, err_msg=name)
 
 
-def test_the_tail_of_a_peaked_row_keeps_its_digits() -> None:
-    logits = torch.full((1, 1000), -40.0)
+@pytest.mark.parametrize("gap", [40.0, 90.0, 200.0])  # exp(−90) has few digits in float32, exp(−200) none
+def test_the_tail_of_a_peaked_row_keeps_its_digits(gap: float) -> None:
+    logits = torch.full((1, 1000), -gap)
     logits[0, 3] = 0.0
     targets = select(logits, torch.tensor([3]), 1000, k=1)
-    assert targets.tail_logmass_P[0] == pytest.approx(np.log(999) - 40.0, abs=1e-4)  # 1 − Σp would be 0
+    assert targets.tail_logmass_P[0] == pytest.approx(np.log(999) - gap, abs=1e-4)  # 1 − Σp would be 0
     sampled: list[dict[str, Any]] = [{"kind": "threshold", "tau": 0.5}, {"kind": "counts", "draws": 4}]
     for kind in sampled:
         drawn = select(logits, torch.tensor([3]), 1000, **kind)
-        assert drawn.tail_logmass_P[0] == pytest.approx(np.log(999) - 40.0, abs=1e-4)
+        assert drawn.tail_logmass_P[0] == pytest.approx(np.log(999) - gap, abs=1e-4)
         assert drawn.sampled_counts_P[0] == (1 if kind["kind"] == "threshold" else 4)  # a tail of 4e-15 is drawn from
 
 
