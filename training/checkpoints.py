@@ -1,6 +1,6 @@
 """Checkpoints of a run: where it goes on from, and when the next one is due."""
 
-from training.batches import Cursor
+from training.curriculum.batches import Cursor
 from training.engine import Engine, same_on_all_ranks
 from training.run_folder import RunFolder
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from logit_store.config import Config
-from training.sizes import SIZES
+from training.students.sizes import SIZES
 
 
 class RunConfig(Config):

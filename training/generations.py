@@ -80,7 +80,7 @@ def check_context(train: TrainConfig, tokens: TokenStore) -> None:
 
     A teacher's context must have a place more than its longest row has tokens, a student's may have one fewer.
     """
-    from training.architecture import student_architecture
+    from training.students.architecture import student_architecture
 
     longest, vocabulary_size = int(tokens.lengths_N.max()), int(tokens.manifest["vocabulary_size"])
     architecture = student_architecture(train.student, vocabulary_size, longest - 1)
@@ -97,8 +97,8 @@ COLUMNS = ("generation", "teacher", "held-out loss", "perplexity", "gain", "agre
 
 def table_rows(generations: list[Generation]) -> list[tuple[str, ...]]:
     """A row of text per finished generation, the first teacher above them; the gain is over the row before."""
-    from training.evaluation import held_out_prefixes, teacher_figures
-    from training.source import Source
+    from training.data.source import Source
+    from training.watching.evaluation import held_out_prefixes, teacher_figures
 
     source = Source.of(LogitStore.open(generations[0].train["data"]["store"]))
     prefixes = held_out_prefixes(source, generations[0].train["evaluation"]["max_rows"])

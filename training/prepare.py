@@ -3,17 +3,17 @@
 from typing import Any, NamedTuple
 
 from logit_store.errors import StoreError
-from training.architecture import check_student
-from training.attention import check_attention
-from training.batches import BatchPlan, Prefix
-from training.check_loss import check_loss
 from training.config import TrainConfig
+from training.curriculum.batches import BatchPlan, Prefix
+from training.curriculum.plan import custom_identity, make_plan, plan_warnings
+from training.data.source import Source, open_source
 from training.engine_config import deepspeed_config
-from training.evaluation import held_out_prefixes
-from training.models import check_tokenizer
-from training.plan import custom_identity, make_plan, plan_warnings
-from training.source import Source, open_source
-from training.trackers import check_trackers
+from training.losses.check import check_loss
+from training.students.architecture import check_student
+from training.students.attention import check_attention
+from training.students.models import check_tokenizer
+from training.watching.evaluation import held_out_prefixes
+from training.watching.trackers import check_trackers
 
 
 class Prepared(NamedTuple):

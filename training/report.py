@@ -11,9 +11,9 @@ import yaml
 from logit_store.errors import StudentError
 from logit_store.tools.summary import summarize
 from training.config import DataConfig
-from training.evaluation import Figures, held_out_prefixes, teacher_figures
+from training.data.source import open_source
 from training.run_folder import CONFIG, RunFolder, writing
-from training.source import open_source
+from training.watching.evaluation import Figures, held_out_prefixes, teacher_figures
 
 
 class Run(NamedTuple):

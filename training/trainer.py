@@ -6,21 +6,21 @@ import numpy as np
 import torch
 
 from logit_store.errors import DecantError
-from training.batches import Cursor
 from training.checkpoints import Checkpoints, crossed
 from training.config import TrainConfig
+from training.curriculum.batches import Cursor
+from training.data.feed import Feed, Step
 from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
-from training.evaluation import Figures, evaluate
-from training.export import save_student
-from training.feed import Feed, Step
-from training.flops import model_flops
-from training.models import build_student, num_parameters
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
 from training.stop import AgreedError, StopRequest
-from training.student import Student
-from training.watcher import Watcher
+from training.students.export import save_student
+from training.students.models import build_student, num_parameters
+from training.students.student import Student
+from training.watching.evaluation import Figures, evaluate
+from training.watching.flops import model_flops
+from training.watching.watcher import Watcher
 
 
 def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:

@@ -23,15 +23,15 @@ from logit_store import LogitRow, LogitStore, Targets, TokenRow
 from tests.bench.machine import about
 from tests.bench.synthetic import dense_logprobs
 from tests.store.made import write_store
-from training.batches import BatchPlan, Cursor
 from training.config import LossConfig, TrainConfig
+from training.curriculum.batches import BatchPlan, Cursor
+from training.data.feed import Feed
+from training.data.source import Source
 from training.engine import Engine, process_group
 from training.engine_config import deepspeed_config
-from training.feed import Feed
-from training.flops import model_flops
-from training.models import build_student
-from training.source import Source
-from training.student import Student
+from training.students.models import build_student
+from training.students.student import Student
+from training.watching.flops import model_flops
 
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "docs" / "benchmarks" / "step.csv"

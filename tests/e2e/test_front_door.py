@@ -26,9 +26,9 @@ HEAVY = ["torch", "ray", "vllm", "deepspeed", "transformers", "peft", "datasets"
             {"pyarrow"},
         ),
         ("import cluster.rescore, cluster.status, cluster.worker", {"pyarrow"}),
-        ("import training.report, training.batches, training.schedules", {"pyarrow", "torch"}),
+        ("import training.report, training.curriculum.batches, training.schedules", {"pyarrow", "torch"}),
         ("import training.engine, training.trainer", {"pyarrow", "torch"}),
-        ("import training.architecture, training.generations, training.model_card", {"pyarrow"}),
+        ("import training.students.architecture, training.generations, training.students.model_card", {"pyarrow"}),
     ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(code: str, allowed: set[str]) -> None:
@@ -52,7 +52,7 @@ def test_cluster_and_training_never_import_each_other() -> None:
         ("ray", ["cluster/ray_cluster.py", "cluster/ray_tasks.py", "cluster/ray_workers.py", "training/ray_train.py"]),
         ("vllm", ["cluster/vllm_teacher.py"]),
         ("deepspeed", ["training/engine.py"]),
-        ("peft", ["training/adapters.py"]),
+        ("peft", ["training/students/adapters.py"]),
     ],
 )
 def test_each_engine_is_imported_in_files_of_its_own(library: str, files: list[str]) -> None:

@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logit_store.errors import ConfigError
-from training.adapters import check_targets, merged_state, with_lora
 from training.config import LoraConfig
-from training.models import num_parameters
+from training.students.adapters import check_targets, merged_state, with_lora
+from training.students.models import num_parameters
 
 V = 100
 KINDS: dict[str, dict[str, Any]] = {

@@ -12,12 +12,12 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM, Qwen
 
 from logit_store.errors import ConfigError
 from tests.store.made import V, make_row, write_store
-from training.attention import check_attention, flatten
-from training.batches import Prefix
 from training.config import LossConfig, StudentConfig
-from training.data import collate
-from training.source import Source
-from training.student import Student
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import collate
+from training.data.source import Source
+from training.students.attention import check_attention, flatten
+from training.students.student import Student
 
 SIZES: dict[str, Any] = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -81,7 +81,7 @@ def test_a_rows_loss_does_not_change_with_its_batch_mates(source: Source, model:
 def test_a_row_behind_another_is_as_alone_as_a_padded_one(
     source: Source, model: Any, varlen_on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("training.student.VARLEN", varlen_on_cpu)
+    monkeypatch.setattr("training.students.student.VARLEN", varlen_on_cpu)
     padded, of_padded = gradients(Student(model, V, LossConfig(alpha=0.6)), source, PREFIXES)
     student = Student(model, V, LossConfig(alpha=0.6), attention="varlen")
     flat, of_flat = gradients(student, source, PREFIXES)

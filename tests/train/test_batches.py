@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.batches import (
+from training.config import CurriculumConfig, CurriculumScheduleConfig, RowCurriculumConfig
+from training.curriculum.batches import (
     MAX_PADDING,
     BatchPlan,
     Cursor,
@@ -20,9 +21,8 @@ from training.batches import (
     padded_positions,
     padding_share,
 )
-from training.config import CurriculumConfig, CurriculumScheduleConfig, RowCurriculumConfig
-from training.curriculum import Curriculum
-from training.difficulty import easiest_percent
+from training.curriculum.clock import Curriculum
+from training.curriculum.difficulty import easiest_percent
 
 PREFIXES = CurriculumConfig(
     min_difficulty=8, max_difficulty=40, schedule_config=CurriculumScheduleConfig(total_curriculum_tokens=900)

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError
-from training.batches import BatchPlan, Cursor
 from training.config import CurriculumConfig, CurriculumScheduleConfig, PacingConfig, RowCurriculumConfig
-from training.curriculum import Curriculum, Pace
+from training.curriculum.batches import BatchPlan, Cursor
+from training.curriculum.clock import Curriculum, Pace
 from training.schedules import difficulty
 
 LINEAR: dict[str, Any] = {"total_curriculum_tokens": 500, "difficulty_step": 8}

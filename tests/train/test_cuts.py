@@ -10,12 +10,12 @@ import pytest
 from logit_store import TokenRow, TokenStore
 from logit_store.tools.token_text import TokenText
 from tests.toy import write_tokens
-from training.batches import BatchPlan, Cursor
-from training.boundaries import Boundaries
 from training.config import CurriculumConfig, CurriculumScheduleConfig
-from training.curriculum import Curriculum
-from training.cuts import TokenCut, cut_of, plain_cut
-from training.source import Source
+from training.curriculum.batches import BatchPlan, Cursor
+from training.curriculum.boundaries import Boundaries
+from training.curriculum.clock import Curriculum
+from training.curriculum.cuts import TokenCut, cut_of, plain_cut
+from training.data.source import Source
 
 PROSE = 'One two. Pi is 3.14 or so! See os.path? "Five." Six…\n\tSeven\n  eight (nine.) ten。十一'
 ENDS: dict[Literal["sentence", "line"], set[str]] = {

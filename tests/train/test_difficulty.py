@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from logit_store.errors import ConfigError
-from training import difficulty
-from training.difficulty import easiest_percent, row_difficulties, row_difficulty
+from training.curriculum import difficulty
+from training.curriculum.difficulty import easiest_percent, row_difficulties, row_difficulty
 
 
 @pytest.fixture(autouse=True)

@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from logit_store import LogitStore
 from logit_store.errors import ConfigError, StudentError
 from tests.students import LLAMA, metrics, run_here, student_config
-from training.batches import Prefix
 from training.config import LossConfig, StudentConfig, TrainConfig
-from training.data import rank_batches
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import rank_batches
+from training.data.source import Source
 from training.engine import Engine, Update
 from training.engine_config import deepspeed_config
-from training.models import build_student
-from training.source import Source
-from training.student import Student
+from training.students.models import build_student
+from training.students.student import Student
 
 BF16 = {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
 FP16 = {"zero_optimization": {"stage": 2}, "fp16": {"enabled": True}}

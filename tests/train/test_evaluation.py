@@ -9,12 +9,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from logit_store import LogitRow
 from tests.store.made import V, make_row, write_store, write_tokens
-from training.batches import Prefix
 from training.config import LossConfig
-from training.data import rank_batches
-from training.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
-from training.source import Source
-from training.student import Student
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import rank_batches
+from training.data.source import Source
+from training.students.student import Student
+from training.watching.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
 
 LENGTHS = (2, 3, 9, 17, 18, 30, 33, 4)
 SPANS = ["1", "2", "3-4", "5-8", "9-16", "17-32"]

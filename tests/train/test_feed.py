@@ -11,11 +11,11 @@ import torch
 from logit_store import LogitStore
 from logit_store.errors import CorruptError
 from tests.store.made import make_row, write_store
-from training.batches import BatchPlan, Cursor, micro_batches
 from training.config import LossConfig, TrainConfig
-from training.data import MicroBatch, collate
-from training.feed import Feed, Step
-from training.source import Source
+from training.curriculum.batches import BatchPlan, Cursor, micro_batches
+from training.data.feed import Feed, Step
+from training.data.micro_batch import MicroBatch, collate
+from training.data.source import Source
 
 TOTAL = 900
 

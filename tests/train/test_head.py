@@ -8,10 +8,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from logit_store.errors import StudentError
 from training.config import LossConfig, StudentConfig
-from training.data import MicroBatch
+from training.data.micro_batch import MicroBatch
 from training.losses import SparseTargets, WeightedTargets
-from training.models import build_student
-from training.student import Predictions, Student
+from training.students.models import build_student
+from training.students.student import Predictions, Student
 
 V, W, B, L = 90, 96, 3, 11
 # fmt: off

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from logit_store.errors import StudentError
-from training.architecture import check_student
 from training.config import FromTeacherConfig, StudentConfig
-from training.layers import chosen_layers
-from training.models import build_student
+from training.students.architecture import check_student
+from training.students.layers import chosen_layers
+from training.students.models import build_student
 
 V, NUM_LAYERS = 100, 5
 SIZES: dict[str, Any] = {

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError
 from training.config import LossConfig
+from training.losses.mixing import Mixing
 from training.losses.temperatures import interpolation_error, log_partition
-from training.mixing import Mixing
 
 
 def test_alpha_and_temperature_follow_their_schedules() -> None:

@@ -7,7 +7,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from training.config import TrainConfig
-from training.model_card import model_card, public
+from training.students.model_card import model_card, public
 
 RESULT = {
     "parameters": 1_234_567,

@@ -6,7 +6,7 @@ import pytest
 
 from logit_store.errors import StudentError
 from training.config import StudentConfig
-from training.models import build_student
+from training.students.models import build_student
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

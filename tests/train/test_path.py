@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from training.batches import Prefix
 from training.config import LossConfig
-from training.data import collate
-from training.source import Source
-from training.student import Student
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import collate
+from training.data.source import Source
+from training.students.student import Student
 
 V = 400
 

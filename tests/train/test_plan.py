@@ -12,8 +12,8 @@ from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError
 from tests.toy import write_tokens
 from training.config import TrainConfig
-from training.plan import custom_identity, make_plan, plan_warnings
-from training.source import Source
+from training.curriculum.plan import custom_identity, make_plan, plan_warnings
+from training.data.source import Source
 
 Make = Callable[..., Source]
 

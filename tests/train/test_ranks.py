@@ -15,14 +15,14 @@ from torch import Tensor
 
 from logit_store import LogitStore
 from tests.students import LLAMA, StopAfter, assert_same_run, metrics, on_two_ranks, run_here, student_config
-from training.batches import BatchPlan, Cursor, Prefix
 from training.config import LossConfig, StudentConfig, TrainConfig
-from training.data import rank_batches
+from training.curriculum.batches import BatchPlan, Cursor, Prefix
+from training.data.micro_batch import rank_batches
+from training.data.source import Source
 from training.engine import Engine
 from training.engine_config import deepspeed_config
-from training.models import build_student
-from training.source import Source
-from training.student import Student
+from training.students.models import build_student
+from training.students.student import Student
 
 BUDGETS = (30, 90, 100_000)
 """Tokens of a micro-batch: one row each, some, all of the step."""

@@ -5,9 +5,9 @@ from transformers import AutoConfig
 
 from logit_store.errors import ConfigError
 from tests.toy import ROOT
-from training.architecture import skeleton, student_architecture
 from training.config import StudentConfig, TrainConfig
-from training.sizes import ARCHITECTURES, SIZES, num_parameters, sized_fields
+from training.students.architecture import skeleton, student_architecture
+from training.students.sizes import ARCHITECTURES, SIZES, num_parameters, sized_fields
 
 V = 1000
 

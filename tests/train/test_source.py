@@ -16,12 +16,12 @@ from logit_store.encode import text_sha256
 from logit_store.errors import ConfigError, IdentityError, StoreError
 from logit_store.identity import text_id
 from tests.store.made import TOKENIZER, V, make_row, targets_of, write_store, write_tokens
-from training.batches import Prefix
 from training.config import DataConfig, LossConfig
-from training.data import MicroBatch, collate
-from training.evaluation import figures, held_out_prefixes, tally, teacher_figures
-from training.source import Source, mixed_order, open_source, row_shares
-from training.student import Student
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import MicroBatch, collate
+from training.data.source import Source, mixed_order, open_source, row_shares
+from training.students.student import Student
+from training.watching.evaluation import figures, held_out_prefixes, tally, teacher_figures
 
 K = 8
 

@@ -158,7 +158,7 @@ ONE_STEP = {"total_tokens": 100, "tokens_per_step": 200, "lr": 0.001, "micro_bat
 def test_a_sized_student_has_tied_weights_once_the_stores_tokenizer_and_a_card(
     store: LogitStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from training import sizes
+    from training.students import sizes
 
     monkeypatch.setitem(sizes.SIZES, "1m", sizes.Size(32, 2, 2, 1, 16, 64))
     result = run_here(tmp_path / "run", store, {"size": "1m", "architecture": "llama"}, schedule=ONE_STEP)

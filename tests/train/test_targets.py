@@ -13,15 +13,15 @@ from logit_store import LogitRow, LogitStore, TokenRow
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError
 from tests.store.made import make_row, write_store, write_tokens
-from training.batches import Prefix
-from training.check_loss import check_loss
 from training.config import LossConfig, TowardsConfig, TrainConfig
-from training.data import collate
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import collate
+from training.data.source import Source
 from training.losses import Objective, SparseTargets, soft_losses
+from training.losses.check import check_loss
 from training.losses.objective import Part
 from training.losses.tails import tempered
 from training.losses.temperatures import log_partition
-from training.source import Source
 
 V = 64
 KINDS: dict[str, dict[str, Any]] = {

@@ -21,10 +21,10 @@ from logit_store.errors import ConfigError
 from tests.store.made import make_row, write_store
 from tests.toy import ROOT, write_yaml
 from training.config import TrainConfig, WatchConfig
-from training.flops import PEAK_TFLOPS, model_flops, peak_flops
 from training.report import report
 from training.run_folder import RunFolder
-from training.trackers import check_trackers, open_trackers
+from training.watching.flops import PEAK_TFLOPS, model_flops, peak_flops
+from training.watching.trackers import check_trackers, open_trackers
 
 STUDENT = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,

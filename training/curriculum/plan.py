@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from logit_store import LogitStore
 from logit_store.errors import ConfigError, StoreError
 from logit_store.identity import digest_json
-from training.batches import BatchPlan
 from training.config import TrainConfig
-from training.curriculum import Curriculum
-from training.cuts import cut_of, plain_cut
-from training.difficulty import easiest_percent, row_difficulties
+from training.curriculum.batches import BatchPlan
+from training.curriculum.clock import Curriculum
+from training.curriculum.cuts import cut_of, plain_cut
+from training.curriculum.difficulty import easiest_percent, row_difficulties
+from training.data.source import Source
 from training.schedules import difficulty
-from training.source import Source
 
 NUM_PROBES = 1000
 """Times of a run at which its curricula are tried: a schedule that is wrong is wrong for longer than 1/1000 of it."""

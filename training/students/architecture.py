@@ -6,7 +6,7 @@ from typing import Any
 
 from logit_store.errors import ConfigError, StudentError
 from training.config import StudentConfig
-from training.sizes import sized_fields
+from training.students.sizes import sized_fields
 
 REFUSALS = (OSError, ValueError, KeyError, TypeError)
 """What transformers raises where it cannot make what was asked of it."""
@@ -39,11 +39,11 @@ def check_student(config: StudentConfig, vocabulary_size: int, longest: int) -> 
     if config.gradient_checkpointing and not model.supports_gradient_checkpointing:
         raise ConfigError(f"student.gradient_checkpointing: {type(model).__name__} cannot, leave it out")
     if config.from_teacher is not None:
-        from training.layers import check_cut
+        from training.students.layers import check_cut
 
         check_cut(config.from_teacher, skeleton(_pretrained_config(config)), model)
     if config.lora is not None:
-        from training.adapters import check_targets
+        from training.students.adapters import check_targets
 
         if find_spec("peft") is None:
             raise ConfigError("student.lora needs peft, which is not installed: run `make setup`, or leave lora out")
@@ -78,7 +78,7 @@ def _architecture(config: StudentConfig, vocabulary_size: int, longest: int) -> 
     pretrained = _pretrained_config(config)
     if config.from_teacher is None:
         return pretrained
-    from training.layers import cut_config
+    from training.students.layers import cut_config
 
     return cut_config(config.from_teacher, pretrained)
 

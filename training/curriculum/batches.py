@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from training.curriculum import Curriculum, Pace
-from training.cuts import Cut, plain_cut
-from training.pools import Pools
+from training.curriculum.clock import Curriculum, Pace
+from training.curriculum.cuts import Cut, plain_cut
+from training.curriculum.pools import Pools
 
 PERCENT = 5
 """Percent of the rows in a class of easiness: rows of a row curriculum are told apart as finely as this."""

@@ -5,8 +5,8 @@ from typing import Literal
 
 import numpy as np
 
-from training.boundaries import Boundaries
-from training.source import Source
+from training.curriculum.boundaries import Boundaries
+from training.data.source import Source
 
 Cut = Callable[[int, int], tuple[int, int]]
 """(row number, most positions, of which the row has as many) → positions that are fed, and those that carry loss."""

@@ -7,13 +7,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from training.attention import VARLEN, flatten
 from training.config import LossConfig
-from training.data import MicroBatch
-from training.head import OutputHead
+from training.data.micro_batch import MicroBatch
 from training.losses import LossSums, Objective, WeightedTargets, linear_losses, soft_losses
 from training.losses.fused import default_chunk
-from training.mixing import Mixing
+from training.losses.head import OutputHead
+from training.losses.mixing import Mixing
+from training.students.attention import VARLEN, flatten
 
 
 class Predictions(NamedTuple):

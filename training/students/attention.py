@@ -8,7 +8,7 @@ from torch import Tensor
 
 from logit_store.errors import ConfigError
 from training.config import StudentConfig
-from training.data import MicroBatch
+from training.data.micro_batch import MicroBatch
 
 VARLEN = "flash_attention_2"
 """The attention of transformers that takes bounds of sequences."""

@@ -8,11 +8,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from training.batches import Prefix
-from training.data import MicroBatch, collate, rank_batches
+from training.curriculum.batches import Prefix
+from training.data.micro_batch import MicroBatch, collate, rank_batches
+from training.data.source import Source
 from training.losses import SparseTargets
-from training.source import Source
-from training.student import Predictions
+from training.students.student import Predictions
 
 NUM_BINS = 15
 """Equal-width confidence bins of the calibration error (Guo et al. 2017, arXiv 1706.04599)."""

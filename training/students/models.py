@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from logit_store.errors import StudentError
-from training.architecture import REFUSALS, one_line, student_architecture
 from training.config import StudentConfig
+from training.students.architecture import REFUSALS, one_line, student_architecture
 
 
 def build_student(config: StudentConfig, vocabulary_size: int, longest: int, seed: int) -> Any:
@@ -28,7 +28,7 @@ def build_student(config: StudentConfig, vocabulary_size: int, longest: int, see
         model.gradient_checkpointing_enable()
     if config.lora is None:
         return model
-    from training.adapters import with_lora
+    from training.students.adapters import with_lora
 
     if config.gradient_checkpointing:
         model.enable_input_require_grads()  # a recomputed layer needs a gradient to pass on, and embeddings are frozen
@@ -46,7 +46,7 @@ def _with_weights(config: StudentConfig, architecture: Any, seed: int) -> Any:
     from transformers import AutoModelForCausalLM
 
     if config.from_teacher is not None:
-        from training.layers import chosen_weights
+        from training.students.layers import chosen_weights
 
         # In the dtype it was saved in, and float32 for the layers that are taken only: the teacher may be large.
         weights = chosen_weights(config.from_teacher, _pretrained(config, "auto"))

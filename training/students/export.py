@@ -8,9 +8,9 @@ from torch import Tensor
 
 from logit_store import LogitStore, TokenStore
 from training.config import StudentConfig, TrainConfig
-from training.model_card import model_card
-from training.models import save_tokenizer
 from training.run_folder import RunFolder, writing
+from training.students.model_card import model_card
+from training.students.models import save_tokenizer
 
 
 def save_student(
@@ -38,7 +38,7 @@ def plain_model(model: Any, config: StudentConfig) -> Any:
     dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
     state = model.state_dict()
     if config.lora is not None:
-        from training.adapters import merged_state
+        from training.students.adapters import merged_state
 
         state, model = merged_state(model, dtype), model.get_base_model()
     with torch.device("meta"):

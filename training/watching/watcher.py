@@ -4,14 +4,14 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from training.batches import Cursor
 from training.config import TrainConfig
+from training.curriculum.batches import Cursor
+from training.data.feed import Step
 from training.engine import Engine
-from training.evaluation import Figures
-from training.feed import Step
-from training.flops import ModelFlops, peak_flops
 from training.run_folder import RunFolder
-from training.trackers import open_trackers
+from training.watching.evaluation import Figures
+from training.watching.flops import ModelFlops, peak_flops
+from training.watching.trackers import open_trackers
 
 
 class Watcher:

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from training.batches import BatchPlan, Cursor, Prefix, micro_batches, padding_share
 from training.config import TrainConfig
-from training.data import MicroBatch, collate
-from training.source import Source
+from training.curriculum.batches import BatchPlan, Cursor, Prefix, micro_batches, padding_share
+from training.data.micro_batch import MicroBatch, collate
+from training.data.source import Source
 
 
 class Step(NamedTuple):

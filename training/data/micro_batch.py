@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from logit_store import Targets
-from training.batches import Prefix, micro_batches, padded_positions
+from training.curriculum.batches import Prefix, micro_batches, padded_positions
+from training.data.source import Source, SourceRow
 from training.losses import SparseTargets, WeightedTargets
-from training.source import Source, SourceRow
 
 
 class MicroBatch(NamedTuple):

@@ -1,0 +1,1 @@
+"""From stores to micro-batches of tensors, read ahead of the student."""
