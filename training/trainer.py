@@ -51,7 +51,7 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
             if cursor.tokens_seen < config.schedule.total_tokens:
                 return cursor
             figures = _evaluate(prepared, engine, watch, cursor)
-        _save(prepared, run, engine, cursor, {**sizes, "held_out": figures}, rank)
+        _save(prepared, run, engine, cursor, {**sizes, "warnings": prepared.warnings, "held_out": figures}, rank)
     return None
 
 

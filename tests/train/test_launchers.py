@@ -42,9 +42,13 @@ def environment() -> dict[str, str]:
     return {**left, **ours, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
 
-def test_torchrun(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
+def test_torchrun_passes_a_request_to_stop_on(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
     path = write_yaml(tmp_path / "student.yaml", make_config(tmp_path / "run", store))
     command = [str(BIN / "torchrun"), "--standalone", "--nproc-per-node", "1", "-m", "training", "train", str(path)]
+    started = subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_until(lambda: (tmp_path / "run" / "metrics.jsonl").exists() or started.poll() is not None, 120)
+    started.terminate()
+    assert b"decant train: stopped at step" in started.communicate(timeout=60)[1]
     subprocess.run(command, cwd=ROOT, env=environment(), check=True, capture_output=True)
     assert metrics(tmp_path / "run") == metrics(quiet)
 

@@ -14,6 +14,7 @@ RESULT = {
     "trainable_parameters": 1_234_567,
     "steps": 20,
     "tokens": 6000,
+    "warnings": ["log-partitions are off by at most 0.01 nats"],
     "held_out": {"loss": 3.25, "perplexity": 25.79, "positions": 812.0, "agreement": float("nan"), "by_length": {}},
 }
 MANIFEST = {
@@ -52,7 +53,7 @@ def test_it_names_store_teacher_figures_and_config() -> None:
     for fact in (
         "a" * 64, "b" * 64, "c" * 64, "Qwen/Qwen3-32B, scored in bfloat16, quantised fp8", "top_p, at most 16 ids",
         "org/tokenizer, 400 ids", "| parameters | 1,234,567 |", "| tokens | 6,000 |", "| loss | 3.2500 |",
-        "| positions | 812 |", "AutoModelForCausalLM.from_pretrained", "vllm serve",
+        "| positions | 812 |", "- log-partitions are off", "AutoModelForCausalLM.from_pretrained", "vllm serve",
     ):  # fmt: skip
         assert fact in found.text, fact
     assert "agreement" not in found.text  # it is NaN

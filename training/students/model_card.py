@@ -42,6 +42,7 @@ def model_card(config: TrainConfig, manifests: Sequence[dict[str, Any]], result:
             "",
             *_table(("figure", "held out"), _held_out_figures(result["held_out"])),
             "",
+            *_warnings(result),
             "## Labels",
             "",
             *_table(("", ""), [fact for manifest in manifests for fact in _labels(manifest)]),
@@ -165,6 +166,13 @@ def _held_out_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
     """Single numbers alone; agreement is NaN where there is no teacher to agree with."""
     numbers = {name: value for name, value in figures.items() if isinstance(value, int | float) and value == value}
     return [(name.replace("_", " "), _number(value)) for name, value in numbers.items()]
+
+
+def _warnings(result: dict[str, Any]) -> list[str]:
+    """What the run was warned of when it began, such as how far off interpolated labels may be."""
+    if not result["warnings"]:
+        return []
+    return ["The run began with these warnings:", "", *(f"- {public(warning)}" for warning in result["warnings"]), ""]
 
 
 def _number(value: float) -> str:
