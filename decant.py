@@ -169,7 +169,7 @@ def _cache(arguments: argparse.Namespace) -> int:
 
 
 def _status(arguments: argparse.Namespace) -> None:
-    from cluster.status import status
+    from cluster.job.status import status
 
     status(arguments.store, as_json=arguments.json, watch=arguments.watch)
 

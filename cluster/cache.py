@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 
 from cluster import ray_cluster
-from cluster.account import Account
 from cluster.config import CacheConfig, TeacherConfig
 from cluster.hashing import model_folder, weights_sha256
-from cluster.journal import Journal
-from cluster.metrics import Metrics
-from cluster.pool import Pool
-from cluster.progress import job_progress, print_account
-from cluster.schedule import Limits, Schedule
-from cluster.worker import TeacherWorker
+from cluster.job.account import Account
+from cluster.job.journal import Journal
+from cluster.job.metrics import Metrics
+from cluster.job.pool import Pool
+from cluster.job.progress import job_progress, print_account
+from cluster.job.schedule import Limits, Schedule
+from cluster.job.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenStore, writer
 from logit_store.errors import ConfigError, DecantError, TeacherError
 from logit_store.format import MANIFEST
@@ -129,7 +129,7 @@ def _check_tokens(config: CacheConfig, tokens: TokenStore) -> None:
 
 
 def _header(config: CacheConfig, tokens: TokenStore, folder: Path) -> dict[str, Any]:
-    from cluster.targets import check_targets
+    from cluster.teachers.targets import check_targets
 
     manifest, targets = tokens.manifest, config.targets
     vocabulary_size = int(manifest["vocabulary_size"])
@@ -174,7 +174,7 @@ def _check_engine(config: CacheConfig) -> None:
 
 def _check_teacher(folder: Path, teacher: TeacherConfig, longest: int, vocabulary_size: int) -> None:
     """Refuse, before weights are read, a teacher that cannot be loaded or read these rows. Raises TeacherError."""
-    from cluster.causal_model import check_architecture
+    from cluster.teachers.causal_model import check_architecture
 
     model_config = check_architecture(folder, teacher.trust_remote_code)
     if not teacher.pickled_weights and not list(folder.glob("*.safetensors")):

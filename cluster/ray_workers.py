@@ -4,8 +4,8 @@ import time
 from typing import Any, NamedTuple
 
 from cluster.config import ClusterConfig
+from cluster.job.schedule import IN_FLIGHT, Cause
 from cluster.memory import is_out_of_memory
-from cluster.schedule import IN_FLIGHT, Cause
 from logit_store.errors import DecantError
 
 STOP_S = 10.0

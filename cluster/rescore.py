@@ -20,7 +20,7 @@ from logit_store.tools.outputs import finite
 from logit_store.tools.progress import progress_bar
 
 if TYPE_CHECKING:
-    from cluster.teacher import Teacher
+    from cluster.teachers.teacher import Teacher
 
 ROWS_PER_CALL = 16
 """Rows that the teacher gets at a time, so that the progress bar moves."""
@@ -120,8 +120,8 @@ def _build(config: TeacherConfig, store: LogitStore, labels: Mapping[str, Any], 
     """The teacher as it was, to be asked what it was asked: a slice for fewer entries than its parent."""
     import torch
 
-    from cluster.targets import Selector
-    from cluster.teacher import build_teacher
+    from cluster.teachers.targets import Selector
+    from cluster.teachers.teacher import build_teacher
 
     targets = parse_config(TargetsConfig, labels["targets"], "the store's targets")
     if targets.k is not None:

@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cluster import ray_cluster, ray_tasks
-from cluster.chat import ChatEncoder, chat_template
 from cluster.config import CacheConfig, ClusterConfig, TokensConfig
-from cluster.corpus import Corpus, corpus_identity, first_documents, take, wanted_columns
-from cluster.documents import Document
-from cluster.files import SourceFile, find_files
-from cluster.progress import shard_progress
-from cluster.scan import Scan, Wanted, keep_scan, known_scan, scan_files
-from cluster.windows import Encoder, IdsEncoder, TextEncoder, document_rows
+from cluster.corpus.chat import ChatEncoder, chat_template
+from cluster.corpus.documents import Document
+from cluster.corpus.files import SourceFile, find_files
+from cluster.corpus.reader import Corpus, corpus_identity, first_documents, take, wanted_columns
+from cluster.corpus.scan import Scan, Wanted, keep_scan, known_scan, scan_files
+from cluster.corpus.windows import Encoder, IdsEncoder, TextEncoder, document_rows
+from cluster.job.progress import shard_progress
 from logit_store import Storage, TokenRow, TokenStore, writer
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, record_name

@@ -12,7 +12,7 @@ import numpy as np
 from fsspec.implementations.dirfs import DirFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
-from cluster.worker import TeacherWorker
+from cluster.job.worker import TeacherWorker
 from logit_store import Targets, storage
 from logit_store.errors import TeacherError
 

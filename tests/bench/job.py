@@ -22,9 +22,9 @@ import torch
 
 from cluster.cache import cache
 from cluster.config import CacheConfig
-from cluster.phases import PHASES
-from cluster.transformers_teacher import TransformersTeacher, equal_length_batches
-from cluster.worker import TeacherWorker
+from cluster.job.phases import PHASES
+from cluster.job.worker import TeacherWorker
+from cluster.teachers.transformers_teacher import TransformersTeacher, equal_length_batches
 from logit_store import Targets, TokenRow
 from logit_store.config import parse_config
 from tests.bench import teacher as bench

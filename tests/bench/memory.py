@@ -87,8 +87,8 @@ def _teacher(model: Any, way: str, ids_1T: Any) -> Any:
     import torch
 
     from cluster.config import TargetsConfig, TeacherConfig
-    from cluster.targets import Selector
-    from cluster.transformers_teacher import TransformersTeacher
+    from cluster.teachers.targets import Selector
+    from cluster.teachers.transformers_teacher import TransformersTeacher
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)

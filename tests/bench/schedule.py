@@ -20,9 +20,9 @@ import numpy as np
 
 from cluster.cache import cache
 from cluster.config import CacheConfig
-from cluster.phases import Phases
-from cluster.schedule import Limits, Schedule
-from cluster.worker import TeacherWorker
+from cluster.job.phases import Phases
+from cluster.job.schedule import Limits, Schedule
+from cluster.job.worker import TeacherWorker
 from logit_store import Storage, Targets, TokenRow, writer
 from logit_store.config import parse_config
 from logit_store.format import record_name

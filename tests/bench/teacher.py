@@ -21,8 +21,8 @@ import numpy as np
 import torch
 
 from cluster.config import TargetsConfig, TeacherConfig
-from cluster.targets import Selector
-from cluster.transformers_teacher import TransformersTeacher
+from cluster.teachers.targets import Selector
+from cluster.teachers.transformers_teacher import TransformersTeacher
 from tests.bench.machine import about
 
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "teacher.csv"

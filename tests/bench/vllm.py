@@ -49,8 +49,8 @@ def measure(folder: Path) -> list[dict[str, Any]]:
     from vllm import LLM, SamplingParams, TokensPrompt
 
     from cluster.config import TargetsConfig, TeacherConfig
-    from cluster.targets import Selector
-    from cluster.vllm_teacher import VllmTeacher, engine_arguments
+    from cluster.teachers.targets import Selector
+    from cluster.teachers.vllm_teacher import VllmTeacher, engine_arguments
 
     config = TeacherConfig(model="", backend="vllm", dtype="float32", batch_tokens=4 * LENGTH + 4)
     teacher = VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), LENGTH)

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 import decant
-from cluster.account import Account
-from cluster.journal import Journal, read_status
-from cluster.pool import Event
+from cluster.job.account import Account
+from cluster.job.journal import Journal, read_status
+from cluster.job.pool import Event
+from cluster.job.status import read
 from cluster.rescore import rescore
-from cluster.status import read
 from logit_store import LogitStore, Storage
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, NotFinishedError
@@ -133,7 +133,7 @@ def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: 
 
 def test_an_account_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr("cluster.account.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("cluster.job.account.time.monotonic", lambda: now[0])
     account = Account(num_shards=10, num_committed=2, tokens_left=800, gpus_per_worker=4.0)
 
     def take(kind: str, **fields: Any) -> None:

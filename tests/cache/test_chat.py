@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from cluster.chat import ChatEncoder, tokens_within
 from cluster.config import SourceConfig, TokensConfig
-from cluster.documents import Document
-from cluster.files import SourceFile
+from cluster.corpus.chat import ChatEncoder, tokens_within
+from cluster.corpus.documents import Document
+from cluster.corpus.files import SourceFile
 from cluster.tokenize import load_tokenizer
 from tests.toy import END, WINDOW
 

@@ -20,11 +20,11 @@ import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cluster import documents
 from cluster.config import SourceConfig
-from cluster.corpus import Corpus, corpus_identity, first_documents, wanted_columns
-from cluster.files import find_files
-from cluster.scan import keep_scan, known_scan, scan_files
+from cluster.corpus import documents
+from cluster.corpus.files import find_files
+from cluster.corpus.reader import Corpus, corpus_identity, first_documents, wanted_columns
+from cluster.corpus.scan import keep_scan, known_scan, scan_files
 from logit_store.errors import CorpusError
 from tests.cache.hub_server import COMMIT, DATASET, hub_of
 from tests.toy import ROOT
@@ -284,9 +284,9 @@ def test_hub_datasets_that_cannot_be_read(hub_cache: Path, source: dict[str, Any
 FROM_HUB = """
 import json, sys
 from cluster.config import SourceConfig
-from cluster.corpus import Corpus, corpus_identity, first_documents, wanted_columns
-from cluster.files import find_files
-from cluster.scan import scan_files
+from cluster.corpus.reader import Corpus, corpus_identity, first_documents, wanted_columns
+from cluster.corpus.files import find_files
+from cluster.corpus.scan import scan_files
 source = SourceConfig(**json.loads(sys.argv[1]))
 start, stop = json.loads(sys.argv[2])
 files = find_files(source)

@@ -8,9 +8,9 @@ import pytest
 
 from cluster import ray_workers
 from cluster.config import ClusterConfig
-from cluster.pool import Event, Pool
+from cluster.job.pool import Event, Pool
+from cluster.job.schedule import Cause, Limits, Schedule, Task
 from cluster.ray_workers import WorkerDied
-from cluster.schedule import Cause, Limits, Schedule, Task
 from logit_store.errors import TeacherError
 
 ROWS = 8

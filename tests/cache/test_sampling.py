@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from cluster.config import TargetsConfig
-from cluster.sampling import draw, seed_of, systematic, uniforms
-from cluster.targets import Selector
+from cluster.teachers.sampling import draw, seed_of, systematic, uniforms
+from cluster.teachers.targets import Selector
 from logit_store import Targets
 
 V, PADDING = 40, 3

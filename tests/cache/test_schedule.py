@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.schedule import MAX_DELAY_S, STRIKES, Cause, Limits, Schedule, Task
+from cluster.job.schedule import MAX_DELAY_S, STRIKES, Cause, Limits, Schedule, Task
 
 ROWS = 9
 LIMITS = Limits(max_attempts=6, retry_delay_s=1.0, max_left_out=1000, num_workers=3)

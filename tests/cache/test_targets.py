@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster import heads
 from cluster.config import TargetsConfig
-from cluster.targets import CACHE_BYTES, Selector, chunk_positions
+from cluster.teachers import heads
+from cluster.teachers.targets import CACHE_BYTES, Selector, chunk_positions
 from logit_store import LogitRow, Targets, TokenRow
 from logit_store.errors import ConfigError, TeacherError
 from tests.store.made import write_store

@@ -17,8 +17,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cluster.config import TargetsConfig, TeacherConfig
-from cluster.targets import Selector
-from cluster.transformers_teacher import TransformersTeacher, equal_length_batches
+from cluster.teachers.targets import Selector
+from cluster.teachers.transformers_teacher import TransformersTeacher, equal_length_batches
 from logit_store import Targets
 from logit_store.errors import TeacherError
 from tests.toy import ROOT, WINDOW
@@ -85,7 +85,7 @@ class Backend(NamedTuple):
 
 
 def run_vllm(folder: Path, dtype: Literal["float32", "bfloat16"]) -> Any:
-    from cluster.vllm_teacher import VllmTeacher
+    from cluster.teachers.vllm_teacher import VllmTeacher
 
     config = TeacherConfig(model="", backend="vllm", dtype=dtype, batch_tokens=BATCH_TOKENS)
     return VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), WINDOW)
@@ -199,7 +199,7 @@ def test_vllm_gives_a_row_the_same_labels_alone_and_among_others(vllm_teacher: A
 
 def test_vllm_goes_on_after_a_choice_that_failed(vllm_teacher: Any) -> None:
     """A failure inside the engine comes out as what it was, and the engine lives."""
-    from cluster.vllm_teacher import EngineDied
+    from cluster.teachers.vllm_teacher import EngineDied
 
     rows = random_rows(9, 20)
     vllm_teacher.capture(Selector(TargetsConfig(k=K), V, "labels"))
@@ -231,7 +231,7 @@ def test_vllm_runners_of_other_kinds_are_refused_by_name(vllm_teacher: Any, monk
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner as SecondRunner
 
-    from cluster import vllm_capture
+    from cluster.teachers import vllm_capture
 
     assert vllm_capture.why_unsupported(CPUModelRunner) == ""
     reason = vllm_capture.why_unsupported(SecondRunner)
@@ -254,7 +254,7 @@ def test_vllm_that_differs_from_its_own_logprobs_is_refused(vllm_teacher: Any) -
 
 def test_a_killed_vllm_engine_is_reported_at_once_and_leaves_nothing(teacher: Path) -> None:
     """In bfloat16, whose layers round to 8 bits: log-probs are within 0.25 nats of the dense bfloat16 model's."""
-    from cluster.vllm_teacher import EngineDied
+    from cluster.teachers.vllm_teacher import EngineDied
 
     before = engine_processes(psutil.Process())
     backend = run_vllm(teacher, "bfloat16")

@@ -14,10 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.config import SourceConfig, TokensConfig
-from cluster.documents import Document
-from cluster.files import SourceFile
+from cluster.corpus.documents import Document
+from cluster.corpus.files import SourceFile
+from cluster.corpus.windows import SMALLEST_POWER, document_rows, piece_lengths
 from cluster.tokenize import load_tokenizer, make_encoder, stretches
-from cluster.windows import SMALLEST_POWER, document_rows, piece_lengths
 from logit_store import TokenRow
 from logit_store.errors import ConfigError, CorpusError, IdentityError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from cluster.causal_model import check_architecture
 from cluster.config import TargetsConfig, TeacherConfig
-from cluster.targets import Selector
-from cluster.transformers_teacher import TransformersTeacher, is_out_of_memory
+from cluster.teachers.causal_model import check_architecture
+from cluster.teachers.targets import Selector
+from cluster.teachers.transformers_teacher import TransformersTeacher, is_out_of_memory
 from logit_store import Targets
 from logit_store.errors import TeacherError
 from tests.toy import ROOT, WINDOW

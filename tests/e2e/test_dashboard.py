@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cluster import metrics
+from cluster.job import metrics
 from tests.toy import ROOT
 
 METRICS = [(metric.kind, metric.name, ("store", *metric.tags)) for metric in metrics.METRICS]

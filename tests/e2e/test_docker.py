@@ -149,7 +149,7 @@ def test_groups_of_the_images() -> None:
         ("ray vllm datasets accelerate", "training.trainer, training.launch, training.report"),
         (
             "deepspeed tensorboard matplotlib jinja2",
-            "cluster.cache, cluster.tokenize, cluster.worker",
+            "cluster.cache, cluster.tokenize, cluster.job.worker",
         ),
     ],
     ids=["student", "teacher"],

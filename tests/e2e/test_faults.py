@@ -14,8 +14,8 @@ import decant
 from cluster import ray_cluster, ray_workers
 from cluster.cache import cache
 from cluster.config import CacheConfig, ClusterConfig
-from cluster.status import read
-from cluster.worker import TeacherWorker
+from cluster.job.status import read
+from cluster.job.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenRow, TokenStore
 from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError

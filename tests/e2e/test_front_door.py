@@ -25,7 +25,7 @@ HEAVY = ["torch", "ray", "vllm", "deepspeed", "transformers", "peft", "datasets"
             "import logit_store.tools.damage, logit_store.tools.diff, logit_store.tools.merge, logit_store.tools.slice",
             {"pyarrow"},
         ),
-        ("import cluster.rescore, cluster.status, cluster.worker", {"pyarrow"}),
+        ("import cluster.rescore, cluster.job.status, cluster.job.worker", {"pyarrow"}),
         ("import training.report, training.curriculum.batches, training.schedules", {"pyarrow", "torch"}),
         ("import training.engine, training.trainer", {"pyarrow", "torch"}),
         ("import training.students.architecture, training.generations, training.students.model_card", {"pyarrow"}),
@@ -50,7 +50,7 @@ def test_cluster_and_training_never_import_each_other() -> None:
     ("library", "files"),
     [
         ("ray", ["cluster/ray_cluster.py", "cluster/ray_tasks.py", "cluster/ray_workers.py", "training/ray_train.py"]),
-        ("vllm", ["cluster/vllm_teacher.py"]),
+        ("vllm", ["cluster/teachers/vllm_teacher.py"]),
         ("deepspeed", ["training/engine.py"]),
         ("peft", ["training/students/adapters.py"]),
     ],

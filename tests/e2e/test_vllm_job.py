@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import decant
-from cluster.status import read
+from cluster.job.status import read
 from tests.e2e.test_chain import Started
 from tests.toy import num_committed, run_decant
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cluster.config import TargetsConfig
-from cluster.targets import Selector
+from cluster.teachers.targets import Selector
 from logit_store import LogitRow, LogitStore, TokenRow
 from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError

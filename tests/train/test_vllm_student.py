@@ -18,8 +18,8 @@ SCORE = """
 import sys
 import numpy as np
 from cluster.config import TargetsConfig, TeacherConfig
-from cluster.targets import Selector
-from cluster.teacher import build_teacher
+from cluster.teachers.targets import Selector
+from cluster.teachers.teacher import build_teacher
 
 if __name__ == "__main__":
     config = TeacherConfig(model=sys.argv[1], backend="vllm", dtype="float32", batch_tokens=64)

@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import TokensConfig
-from cluster.documents import Document
-from cluster.windows import Encoded
+from cluster.corpus.documents import Document
+from cluster.corpus.windows import Encoded
 from logit_store.errors import ConfigError, CorpusError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -8,8 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import SourceConfig
-from cluster.corpus import carried_value
-from cluster.documents import Document
+from cluster.corpus.documents import Document
+from cluster.corpus.reader import carried_value
 from logit_store import SPLITS, TokenRow
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.identity import digest

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.config import CacheConfig
 from cluster.hashing import model_folder, weights_sha256
-from cluster.phases import Phases
-from cluster.schedule import Task
+from cluster.job.phases import Phases
+from cluster.job.schedule import Task
 from logit_store import LogitRow, Storage, Targets, TokenRow, TokenStore, writer
 from logit_store.errors import StoreError, TeacherError
 from logit_store.identity import require_equal
 
 if TYPE_CHECKING:
-    from cluster.teacher import Teacher
+    from cluster.teachers.teacher import Teacher
 
 
 class TeacherWorker:
@@ -53,8 +53,8 @@ class TeacherWorker:
         """The configured teacher."""
         import torch
 
-        from cluster.targets import Selector
-        from cluster.teacher import build_teacher
+        from cluster.teachers.targets import Selector
+        from cluster.teachers.teacher import build_teacher
 
         if not self.config.cluster.gpus_per_worker:
             torch.set_num_threads(self.config.cluster.cpus_per_worker)

@@ -4,8 +4,8 @@ import json
 import time
 from typing import Any
 
-from cluster.journal import read_status
-from cluster.progress import left
+from cluster.job.journal import read_status
+from cluster.job.progress import left
 from logit_store import Storage, writer
 from logit_store.errors import NotFinishedError
 from logit_store.format import HEADER, MANIFEST, unseal

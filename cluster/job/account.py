@@ -4,8 +4,8 @@ import time
 from collections import Counter, deque
 from typing import Any
 
-from cluster.phases import PHASES
-from cluster.pool import Event
+from cluster.job.phases import PHASES
+from cluster.job.pool import Event
 
 RATE_WINDOW_S = 120.0
 

@@ -1,4 +1,4 @@
-"""The vLLM backend: the real engine reads the rows, `cluster.vllm_capture` chooses targets inside of it.
+"""The vLLM backend: the real engine reads the rows, `cluster.teachers.vllm_capture` chooses targets inside of it.
 
 Only this file imports vllm. The engine runs in processes of its own, as vLLM has it by default: what kills one of them
 (a bug of a kernel, the kernel's out-of-memory killer) leaves this process able to say so and to be replaced in good
@@ -22,9 +22,9 @@ import numpy as np
 import torch
 
 from cluster.config import TeacherConfig
-from cluster.phases import Phases
-from cluster.targets import Selector
-from cluster.vllm_capture import Taken, TargetCapture
+from cluster.job.phases import Phases
+from cluster.teachers.targets import Selector
+from cluster.teachers.vllm_capture import Taken, TargetCapture
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from cluster import ray_workers
 from cluster.config import ClusterConfig
+from cluster.job.schedule import Cause, Schedule, Task
 from cluster.ray_workers import WorkerDied
-from cluster.schedule import Cause, Schedule, Task
 from logit_store.errors import TeacherError, UnavailableError
 
 TICK_S = 1.0

@@ -3,8 +3,8 @@
 from typing import Any, NamedTuple
 
 from cluster import ray_workers
-from cluster.account import Account
-from cluster.pool import Event
+from cluster.job.account import Account
+from cluster.job.pool import Event
 
 
 class Metric(NamedTuple):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from cluster.documents import BEGIN, Document, Measure, reading
-from cluster.files import SourceFile, open_table
+from cluster.corpus.documents import BEGIN, Document, Measure, reading
+from cluster.corpus.files import SourceFile, open_table
 from logit_store.errors import CorpusError
 
 BATCH_ROWS = 256

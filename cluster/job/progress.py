@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cluster.account import Account
-from cluster.phases import PHASES
+from cluster.job.account import Account
+from cluster.job.phases import PHASES
 
 console = Console(stderr=True)
 

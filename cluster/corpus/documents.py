@@ -12,7 +12,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
-from cluster.files import SourceFile, open_stream
+from cluster.corpus.files import SourceFile, open_stream
 from logit_store.errors import CorpusError
 
 MARK_BYTES = 4 * 2**20

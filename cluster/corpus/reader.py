@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.config import SourceConfig
-from cluster.documents import BEGIN, Document
-from cluster.files import SourceFile
-from cluster.scan import Scan, Wanted, column_kinds, read_file
-from cluster.tables import SIMPLE
+from cluster.corpus.documents import BEGIN, Document
+from cluster.corpus.files import SourceFile
+from cluster.corpus.scan import Scan, Wanted, column_kinds, read_file
+from cluster.corpus.tables import SIMPLE
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.identity import digest_json
 from logit_store.shard import COLUMN_TYPES, RESERVED_COLUMNS

@@ -9,8 +9,8 @@ import torch
 
 from cluster.config import TeacherConfig
 from cluster.hashing import model_folder
-from cluster.phases import Phases
-from cluster.targets import Selector
+from cluster.job.phases import Phases
+from cluster.teachers.targets import Selector
 from logit_store import Targets
 from logit_store.errors import TeacherError
 
@@ -49,9 +49,9 @@ def build_teacher(
         )
     folder: Path = model_folder(teacher.model, teacher.revision)
     if teacher.backend == "vllm":
-        from cluster.vllm_teacher import VllmTeacher
+        from cluster.teachers.vllm_teacher import VllmTeacher
 
         return VllmTeacher(folder, teacher, selector, longest, executor)
-    from cluster.transformers_teacher import TransformersTeacher
+    from cluster.teachers.transformers_teacher import TransformersTeacher
 
     return TransformersTeacher(folder, teacher, selector, "cuda" if on_gpu else "cpu")

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from cluster.config import TargetsConfig
 from cluster.memory import is_out_of_memory
-from cluster.targets import Selector, chunk_positions
+from cluster.teachers.targets import Selector, chunk_positions
 from logit_store import Targets
 
 HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_scheduled_tokens"]

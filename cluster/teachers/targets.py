@@ -9,10 +9,10 @@ import math
 import torch
 from torch import Tensor
 
-from cluster import heads
 from cluster.config import TargetsConfig
-from cluster.heads import Head
-from cluster.sampling import draw, seed_of, systematic, uniforms
+from cluster.teachers import heads
+from cluster.teachers.heads import Head
+from cluster.teachers.sampling import draw, seed_of, systematic, uniforms
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 

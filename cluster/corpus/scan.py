@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cluster.documents import BEGIN, Document, Measure, measure_lines, measure_text, read_lines, read_text
-from cluster.files import SourceFile
+from cluster.corpus.documents import BEGIN, Document, Measure, measure_lines, measure_text, read_lines, read_text
+from cluster.corpus.files import SourceFile
+from cluster.corpus.tables import measure_table, read_table, table_kinds
 from cluster.hashing import file_sha256
 from cluster.remembered import recall, remember
-from cluster.tables import measure_table, read_table, table_kinds
 from logit_store.identity import digest_json
 
 READERS = {"json": read_lines, "lines": read_lines, "text": read_text, "parquet": read_table, "arrow": read_table}

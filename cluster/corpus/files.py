@@ -11,8 +11,8 @@ import fsspec
 import pyarrow as pa
 from fsspec.utils import infer_compression
 
-from cluster import hub
 from cluster.config import SourceConfig
+from cluster.corpus import hub
 from logit_store.errors import CorpusError
 from logit_store.identity import digest_json
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.causal_model import load_model
 from cluster.config import TeacherConfig
+from cluster.job.phases import Phases
 from cluster.memory import is_out_of_memory
-from cluster.phases import Phases
-from cluster.targets import Selector, chunk_positions
+from cluster.teachers.causal_model import load_model
+from cluster.teachers.targets import Selector, chunk_positions
 from logit_store import Targets
 from logit_store.errors import TeacherError
 

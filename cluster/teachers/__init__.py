@@ -1,0 +1,1 @@
+"""Backends that score rows, and the choice of what is kept of their distributions."""
