@@ -17,6 +17,7 @@ from cluster.job.pool import Pool
 from cluster.job.progress import job_progress, print_account
 from cluster.job.schedule import Limits, Schedule
 from cluster.job.worker import TeacherWorker
+from cluster.tokenizer import load_tokenizer
 from logit_store import LogitStore, Storage, TokenStore, writer
 from logit_store.errors import ConfigError, DecantError, TeacherError
 from logit_store.format import MANIFEST
@@ -136,7 +137,7 @@ def _header(config: CacheConfig, tokens: TokenStore, folder: Path) -> dict[str, 
     check_targets(targets, vocabulary_size)
     _check_engine(config)
     _check_teacher(folder, config.teacher, int(tokens.lengths_N.max()), vocabulary_size)
-    _check_teacher_tokenizer(folder, manifest)
+    _check_teacher_tokenizer(folder, config.teacher.trust_remote_code, manifest)
     labels = {
         "teacher": weights_sha256(folder),
         "text_id": manifest["text_id"],
@@ -197,15 +198,15 @@ def _check_teacher(folder: Path, teacher: TeacherConfig, longest: int, vocabular
         )
 
 
-def _check_teacher_tokenizer(folder: Path, stored: dict[str, Any]) -> None:
+def _check_teacher_tokenizer(folder: Path, trust_remote_code: bool, stored: dict[str, Any]) -> None:
     """Refuse a teacher to which the shards' ids mean other tokens. Raises TeacherError."""
-    from transformers import AutoTokenizer
-
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # the Rust library raises nothing more special for a file that it cannot parse
-        reason = " ".join(str(error).split())
-        raise TeacherError(f"{folder} holds no tokenizer to compare with that of the token shards: {reason}") from error
+        tokenizer = load_tokenizer(str(folder), None, trust_remote_code)
+    except ConfigError as error:
+        raise TeacherError(
+            f"the teacher's tokenizer cannot be compared with that of the token shards: {error}. Put the tokenizer's "
+            "files beside the teacher's weights"
+        ) from error
     if describe_tokenizer(tokenizer)["vocabulary_sha256"] != stored["tokenizer"]["vocabulary_sha256"]:
         raise TeacherError(
             f"the teacher's tokenizer in {folder} and that of the token shards ({stored['tokenizer_name']!r}) give "

@@ -75,6 +75,8 @@ class TokensConfig(Config):
     """Hub id or directory of the tokenizer."""
     tokenizer_revision: str | None = None
     """Branch, tag or commit of the tokenizer on the Hub."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the tokenizer. Nothing of it runs otherwise."""
     window: int = Field(1024, ge=2)
     """Longest sequence in tokens. Longer documents become consecutive windows; of conversations and masked ids, windows
     in which nothing carries loss are left out."""
@@ -240,6 +242,18 @@ class ClusterConfig(Config):
     price_per_gpu_hour: float | None = Field(None, ge=0.0)
     """Money for a GPU (or, without GPUs, a worker) for an hour: the summary then says what the labels cost."""
 
+    @property
+    def reserved(self) -> dict[str, float]:
+        """What Ray reserves at a time, on one node: all that a worker needs, or its share of one GPU."""
+        gpus = 1.0 if self.multi_node_workers else self.gpus_per_worker
+        needs = {"CPU": float(self.cpus_per_worker), "GPU": gpus, **self.resources_per_worker}
+        return {name: each for name, each in needs.items() if each > 0}
+
+    @property
+    def pieces_per_worker(self) -> int:
+        """How often ``reserved`` is reserved for a worker."""
+        return int(self.gpus_per_worker) if self.multi_node_workers else 1
+
 
 class CacheConfig(Config):
     """One run of `decant tokenize` and `decant cache`."""
@@ -257,6 +271,12 @@ class CacheConfig(Config):
             raise ValueError(
                 f"teacher.tensor_parallel × teacher.pipeline_parallel = {wanted}, but cluster.gpus_per_worker = "
                 f"{have:g}: set it to {wanted}"
+            )
+        if wanted == 1 and have > 1 and self.teacher.device_map is None:
+            way = "teacher.device_map=auto" if self.teacher.backend == "transformers" else "teacher.tensor_parallel"
+            raise ValueError(
+                f"cluster.gpus_per_worker = {have:g}, of which this teacher would use one: set it to 1, or spread the "
+                f"teacher by {way}"
             )
         if self.cluster.multi_node_workers and (self.teacher.backend != "vllm" or not have):
             raise ValueError("cluster.multi_node_workers is for teacher.backend=vllm with cluster.gpus_per_worker > 0")

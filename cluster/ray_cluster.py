@@ -87,26 +87,31 @@ def _set_environment(variables: Mapping[str, str | None]) -> None:
 
 
 def check_room(config: ClusterConfig) -> None:
-    """Refuse a cluster that cannot hold all workers: those without a place would wait for ever. One that grows by
-    itself is believed to. Raises ConfigError.
+    """Refuse a cluster that cannot hold all workers, each on one node or, as ``multi_node_workers``, a GPU at a time:
+    those without a place would wait for ever. One that grows by itself is believed to. Raises ConfigError.
     """
     import ray
 
     if config.autoscaling:
         return
-    have = ray.cluster_resources()
-    wanted = [
-        ("CPU", "cpus_per_worker", config.cpus_per_worker),
-        ("GPU", "gpus_per_worker", config.gpus_per_worker),
-        *((name, f"resources_per_worker.{name}", each) for name, each in config.resources_per_worker.items()),
-    ]
-    for resource, key, each in wanted:
-        if config.workers * each > have.get(resource, 0):
+    needs, pieces = config.reserved, config.pieces_per_worker
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    remedy = "lower one of them, join a larger cluster, or say cluster.autoscaling=true if it grows by itself"
+    for name, each in needs.items():
+        wanted, have = config.workers * pieces * each, sum(node.get(name, 0.0) for node in nodes)
+        if wanted > have:
+            key = {"CPU": "cpus_per_worker", "GPU": "gpus_per_worker"}.get(name, f"resources_per_worker.{name}")
+            times = " × cluster.gpus_per_worker" if pieces > 1 and name != "GPU" else ""
             raise ConfigError(
-                f"cluster.workers × cluster.{key} = {config.workers * each:g}, but the cluster has "
-                f"{have.get(resource, 0):g} {resource}s: lower one of them, join a larger cluster, or say "
-                "cluster.autoscaling=true if it grows by itself"
+                f"cluster.workers × cluster.{key}{times} = {wanted:g}, but the cluster has {have:g} {name}s: {remedy}"
             )
+    # Ray counts in ten-thousandths.
+    room = sum(min(int(node.get(name, 0.0) / each + 1e-4) for name, each in needs.items()) for node in nodes)
+    if room < config.workers * pieces:
+        raise ConfigError(
+            f"cluster.workers = {config.workers} need {needs} each{f', {pieces} times' if pieces > 1 else ''}, on one "
+            f"node, and the {len(nodes)} nodes have room for {room} such places: {remedy}"
+        )
 
 
 def _own_packages() -> list[str]:

@@ -33,13 +33,13 @@ def start_worker(config: ClusterConfig, worker: type, arguments: tuple[Any, ...]
     import ray
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-    needs = {"CPU": config.cpus_per_worker, "GPU": config.gpus_per_worker, **config.resources_per_worker}
+    needs = config.reserved
     options: dict[str, Any] = {"max_concurrency": IN_FLIGHT, "max_restarts": 0, "max_task_retries": 0}
     if not config.multi_node_workers:
-        options |= {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU"), "resources": needs}
+        options |= {"num_cpus": needs.pop("CPU"), "num_gpus": needs.pop("GPU", 0.0), "resources": needs}
         return Worker(ray.remote(worker).options(**options).remote(*arguments))
     # A bundle of one GPU for each process that the engine starts; near each other, if possible.
-    group = ray.util.placement_group([{**needs, "GPU": 1.0}] * int(config.gpus_per_worker), strategy="PACK")
+    group = ray.util.placement_group([needs] * config.pieces_per_worker, strategy="PACK")
     inside = PlacementGroupSchedulingStrategy(group, 0, placement_group_capture_child_tasks=True)
     options |= {"num_cpus": 0, "num_gpus": 0, "scheduling_strategy": inside}
     return Worker(ray.remote(worker).options(**options).remote(*arguments), group)

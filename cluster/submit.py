@@ -11,8 +11,12 @@ from cluster.config import CacheConfig
 from cluster.ray_cluster import in_submitted_job
 from logit_store.errors import ConfigError
 
-CREDENTIALS = re.compile(r"://[^/?#@]*:[^/?#@]*@|[?&][^=&]*(?:sig|signature|token|secret|password)=", re.IGNORECASE)
-"""In a URL: `user:password@`, or a parameter that signs it. A user alone is none: `abfs://container@account`."""
+CREDENTIALS = re.compile(
+    r"://[^/?#@]*:[^/?#@]*@|https?://[^/?#@]*@|[?&][^=&]*(?:sig|token|secret|pass|key|auth|credential)[^=&]*=",
+    re.IGNORECASE,
+)
+"""In a URL: `user:password@`, a parameter that opens or signs it, or of the web a user, which may be a token. Elsewhere
+a user alone is none: `abfs://container@account`."""
 
 
 def submit_line(verb: str, config_path: str, overrides: list[str], config: CacheConfig) -> str:

@@ -18,6 +18,7 @@ from cluster.corpus.reader import Corpus, corpus_identity, first_documents, take
 from cluster.corpus.scan import Scan, Wanted, keep_scan, known_scan, scan_files
 from cluster.corpus.windows import Encoder, IdsEncoder, TextEncoder, document_rows
 from cluster.job.progress import shard_progress
+from cluster.tokenizer import load_tokenizer
 from logit_store import Storage, TokenRow, TokenStore, writer
 from logit_store.errors import ConfigError, CorpusError
 from logit_store.format import MANIFEST, MAX_VOCABULARY_SIZE, record_name
@@ -63,7 +64,7 @@ def tokenize(config: CacheConfig) -> TokenStore:
     tokens, storage = config.tokens, Storage(config.tokens.path)
     files = find_files(tokens.source)
     wanted = wanted_columns(files, tokens.source, tokens.columns)
-    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    tokenizer = _tokenizer(tokens)
     template = chat_template(tokens, tokenizer)
     header = _header(tokens, tokenizer, wanted)
     writer.check(storage, header, [field for field in IDENTITY if field not in NOT_YET_KNOWN])
@@ -114,17 +115,11 @@ def stretches(shards: Sequence[int], longest: int) -> list[range]:
     return found
 
 
-def load_tokenizer(name: str, revision: str | None) -> Any:
-    """A tokenizer from the Hub or a directory. Raises ConfigError."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-    except Exception as error:  # the Rust library raises nothing more special for a file that it cannot parse
-        reason = " ".join(str(error).split())
-        raise ConfigError(f"no tokenizer at {name!r} (tokens.tokenizer): {reason}") from error
+def _tokenizer(tokens: TokensConfig) -> Any:
+    """The config's tokenizer. Raises ConfigError."""
+    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision, tokens.trust_remote_code)
     if vocabulary_size(tokenizer) > MAX_VOCABULARY_SIZE:
-        raise ConfigError(f"tokenizer {name!r} has ids beyond {MAX_VOCABULARY_SIZE:,}")
+        raise ConfigError(f"tokenizer {tokens.tokenizer!r} has ids beyond {MAX_VOCABULARY_SIZE:,}")
     return tokenizer
 
 
@@ -141,7 +136,7 @@ def make_encoder(tokens: TokensConfig, tokenizer: Any, template: str | None) -> 
 def _encoder_of_process(tokens_json: str, template: str | None, description: str) -> Encoder:
     """Tasks of one job follow each other in a process: the tokenizer is loaded once, and must be the job's."""
     tokens = TokensConfig.model_validate_json(tokens_json)
-    tokenizer = load_tokenizer(tokens.tokenizer, tokens.tokenizer_revision)
+    tokenizer = _tokenizer(tokens)
     if digest_json(describe_tokenizer(tokenizer)) != description:
         raise ConfigError(
             f"tokenizer {tokens.tokenizer!r} is another one on {socket.gethostname()} than where the job was begun: "

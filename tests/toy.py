@@ -1,6 +1,7 @@
 """What tests build their small real inputs with."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -106,10 +107,10 @@ def make_long(config: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def write_tokens(url: str, tokenizer: str | Path, shards: Iterable[Sequence[TokenRow]], **header: Any) -> TokenStore:
     """A token store of these shards, without `decant tokenize`; ``header`` must have its number of shards."""
-    from cluster.tokenize import load_tokenizer
+    from cluster.tokenizer import load_tokenizer
     from logit_store.vocabulary import describe_tokenizer, tokenizer_files, vocabulary_size
 
-    loaded, storage = load_tokenizer(str(tokenizer), None), Storage(url)
+    loaded, storage = load_tokenizer(str(tokenizer), None, trust_remote_code=False), Storage(url)
     whole = {
         "kind": TokenStore.kind, "corpus": {}, "num_documents": 1, "tokenizer": describe_tokenizer(loaded),
         "tokenizer_name": str(tokenizer), "vocabulary_size": vocabulary_size(loaded), "window": WINDOW,
@@ -187,6 +188,7 @@ def in_process_workers() -> Any:
         return future
 
     stack = ExitStack()
+    stack.enter_context(mock.patch.dict(os.environ))  # a worker hides GPUs from its process
     stack.enter_context(mock.patch.multiple(ray_cluster, session=session, check_room=mock.Mock()))
     stack.enter_context(mock.patch.object(ray_tasks, "map_tasks", map_here))
     here: dict[str, Any] = {

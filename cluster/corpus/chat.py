@@ -125,7 +125,7 @@ def _check_mask(document: Document, messages: list[dict[str, Any]], mask_T: NDAr
         raise CorpusError(
             f"{document.place}: the assistant speaks, but the chat template marks nothing of it: it needs {MARKERS}"
         )
-    if False in speaks and mask_T.all():
+    if False in speaks and mask_T[1:].all():  # the first token is predicted by no position
         raise CorpusError(
             f"{document.place}: the chat template marks all of the conversation as the assistant's, though others "
             f"speak in it: it needs {MARKERS}, and around nothing else"

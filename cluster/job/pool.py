@@ -9,7 +9,7 @@ from cluster import ray_workers
 from cluster.config import ClusterConfig
 from cluster.job.schedule import Cause, Schedule, Task
 from cluster.ray_workers import WorkerDied
-from logit_store.errors import TeacherError, UnavailableError
+from logit_store.errors import DecantError, TeacherError, UnavailableError
 
 TICK_S = 1.0
 """The longest that the pool is silent."""
@@ -97,7 +97,7 @@ class Pool:
                 break
             slot.tasks[ray_workers.call(slot.worker, "work", task)] = task
             slot.is_fresh = False
-        if slot.is_ready and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
+        if slot.is_ready and not slot.is_fresh and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
             self._retired.append(slot.number)
             self._empty(slot)
             self._fill(slot, now)
@@ -123,9 +123,11 @@ class Pool:
             except UnavailableError as error:
                 yield from self._storage_failed(slot, reference, error)
                 continue
-            except TeacherError as error:  # that cannot even be loaded, or cannot score these rows
-                if reference == slot.starting and not self._has_started:
-                    raise  # later it is this machine that is no good, and not the job
+            except DecantError as error:
+                # A worker that cannot start after others could is on a machine that is no good. Work fails by the rows,
+                # as the teacher says; all else, such as a full disk, ends the job.
+                if not (self._has_started if reference == slot.starting else isinstance(error, TeacherError)):
+                    raise
                 dead.setdefault(slot.number, WorkerDied(Cause.PROCESS, str(error)))
                 continue
             yield from self._succeeded(slot, reference, result)

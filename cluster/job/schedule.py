@@ -3,6 +3,7 @@
 A shard whose worker died is tried again, alone on a worker. If it takes a second worker down, its rows are probed in
 halves, their labels thrown away, until a single row has killed three fresh workers: that row is left out, and the
 shard made without it. Where every part of it passes, the deaths came from outside, and the whole is tried again.
+Where memory ran out, batches are halved some times before rows are probed.
 Deaths of nodes count against nobody.
 """
 
@@ -17,6 +18,7 @@ DEATHS_UNTIL_PROBED = 2
 STRIKES = 3
 """Fresh workers that a row alone must kill before it is left out."""
 MAX_HALVINGS = 10
+HALVINGS_UNTIL_PROBED = 4
 IN_FLIGHT = 2
 """Shards that a worker has at a time: one is scored while another is read or written."""
 
@@ -234,6 +236,8 @@ class Schedule:
             self._news.append(("given_up", {"shard": task.shard, "reason": reason}))
         elif cause == Cause.MEMORY:
             trouble.halvings = min(trouble.halvings + 1, MAX_HALVINGS)
+            if trouble.halvings >= HALVINGS_UNTIL_PROBED or trouble.attempts == self.limits.max_attempts - 1:
+                self._suspect_all(trouble)  # it may be one row, whatever the batch
         elif cause == Cause.PROCESS:
             trouble.deaths += 1
             if trouble.deaths >= DEATHS_UNTIL_PROBED:

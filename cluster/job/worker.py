@@ -51,6 +51,8 @@ class TeacherWorker:
 
     def load_teacher(self) -> "Teacher":
         """The configured teacher."""
+        if not self.config.cluster.gpus_per_worker:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from those that reserve others
         import torch
 
         from cluster.teachers.targets import Selector

@@ -14,9 +14,11 @@ import pickle
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import wraps
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -28,6 +30,9 @@ from cluster.memory import is_out_of_memory
 from cluster.teachers.targets import Selector, chunk_positions
 from logit_store import Targets
 
+STEPS = ("execute_model", "sample_tokens")
+"""Methods of the model runner in which memory may run out."""
+
 HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_scheduled_tokens"]
 """The method that is replaced. Only V1's runner has it."""
 
@@ -35,14 +40,27 @@ HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_sc
 class TargetCapture:
     """Methods that vLLM's worker gains; `collective_rpc` calls them by name in each worker process."""
 
-    def end_with(self, driver: int) -> None:
-        """End the engine when the process ``driver`` ends, which may have been killed."""
+    def end_with(self, driver: int, machine: str) -> None:
+        """End the engine when the process ``driver`` of ``machine`` ends, which may have been killed. Processes of the
+        engine on other machines are actors of Ray, which ends them with the one that owns them.
+        """
         import psutil
 
+        if machine != this_machine():
+            return
         own, parent = os.getpid(), os.getppid()
         if own != driver:
             has_core = parent != driver and psutil.Process(parent).ppid() == driver  # or is the engine's core itself
             threading.Thread(target=_end_with, args=(driver, [parent, own] if has_core else [own]), daemon=True).start()
+
+    def tell_of_memory(self, place: str) -> None:
+        """Leave a file at ``place`` where this process runs out of memory in a step: the engine ends by that, and its
+        driver is not told why.
+        """
+        worker: Any = self
+        for name in STEPS:
+            if (step := getattr(worker.model_runner, name, None)) is not None:
+                setattr(worker.model_runner, name, _telling(step, Path(place)))
 
     def capture_targets(self, targets: dict[str, Any], vocabulary_size: int, labels_id: str) -> str:
         """From now on choose targets of prompts. Returns why this model runner cannot, or nothing."""
@@ -179,6 +197,26 @@ def why_unsupported(runner: type) -> str:
         return f"{runner.__module__}.{runner.__qualname__} has no {HOOK}"
     found = list(inspect.signature(hook).parameters)
     return "" if found == SIGNATURE else f"{runner.__module__}.{runner.__qualname__}.{HOOK} takes {found}"
+
+
+def _telling(step: Callable[..., Any], place: Path) -> Callable[..., Any]:
+    """The same, but that ``place`` exists after it ran out of memory."""
+
+    @wraps(step)
+    def told(*arguments: Any, **options: Any) -> Any:
+        try:
+            return step(*arguments, **options)
+        except (MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                place.touch()
+            raise
+
+    return told
+
+
+def this_machine() -> str:
+    """Where a process number means the same process: this start of this machine, in this container."""
+    return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
 def _end_with(driver: int, processes: list[int]) -> None:

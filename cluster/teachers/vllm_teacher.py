@@ -9,6 +9,7 @@ order. vLLM itself would wait for an engine that was killed for ever, and engine
 import os
 import pickle
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
@@ -24,7 +25,7 @@ import torch
 from cluster.config import TeacherConfig
 from cluster.job.phases import Phases
 from cluster.teachers.targets import Selector
-from cluster.teachers.vllm_capture import Taken, TargetCapture
+from cluster.teachers.vllm_capture import Taken, TargetCapture, this_machine
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 
@@ -66,18 +67,33 @@ class VllmTeacher:
                 f"teacher.backend is vllm, but vllm cannot be imported ({error}): run `make setup`, "
                 "or set teacher.backend=transformers"
             ) from error
+        if not (vllm.platforms.current_platform.is_cpu() or torch.cuda.is_available()):
+            raise ConfigError(
+                "teacher.backend is vllm, whose build here is for GPUs, and this worker has none: set "
+                f"cluster.gpus_per_worker={config.num_gpus}"
+            )
         self.version, self.phases, self.config = vllm.__version__, Phases(), config
         self.batch_tokens, self.oom_splits = config.batch_tokens, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="vllm")
+        self._no_memory = Path(self._folder.name) / "out_of_memory"
+        """There after a process of the engine on this machine has run out of memory."""
         before = active_children()
         try:
             self.engine: Any = vllm.LLM(**engine_arguments(folder, config, longest, executor))
         except ValueError as error:
             raise TeacherError(f"vLLM {self.version} does not take {folder}: {' '.join(str(error).split())}") from error
+        except RuntimeError as error:  # of the engine's process, whose reason is in what it printed alone
+            raise TeacherError(
+                f"vLLM {self.version} could not start an engine for {folder}: {' '.join(str(error).split())} (in the "
+                "worker's output above). As a rule the GPU's memory is taken: see teacher.gpu_memory_utilization"
+            ) from error
         self.processes = [
             os.pidfd_open(pid) for core in active_children() if core not in before for pid in _family(core)
         ]
         try:
-            self._call(self.engine.collective_rpc, TargetCapture.end_with.__name__, args=(os.getpid(),))
+            here = (os.getpid(), this_machine())
+            self._call(self.engine.collective_rpc, TargetCapture.end_with.__name__, args=here)
+            self._call(self.engine.collective_rpc, TargetCapture.tell_of_memory.__name__, args=(str(self._no_memory),))
             expected = self._own_logprobs(longest, selector.vocabulary_size, config.dtype)
             self.capture(selector)
             self._probe(*expected)
@@ -124,6 +140,7 @@ class VllmTeacher:
             connection.wait([process])
             os.close(process)
         self.processes = []
+        self._folder.cleanup()
         self.engine.llm_engine.engine_core.shutdown()
 
     def _generate(self, rows: list[np.ndarray], numbers: list[int]) -> list[Any]:
@@ -182,12 +199,16 @@ class VllmTeacher:
             try:
                 return answer.result(timeout=1.0)
             except EngineDeadError as error:
-                raise EngineDied(f"vLLM's engine has stopped: {error}") from error
+                raise self._death(f"vLLM's engine has stopped: {error}") from error
             except TimeoutError:
                 if answer.done():
                     raise
                 if connection.wait(self.processes, timeout=0):
-                    raise EngineDied("a process of vLLM's engine was killed") from None
+                    raise self._death("a process of vLLM's engine was killed") from None
+
+    def _death(self, what: str) -> EngineDied:
+        """The engine's end, and whether it was for want of memory: a smaller batch may then do."""
+        return EngineDied("a step of vLLM's engine ran out of memory" if self._no_memory.exists() else what)
 
 
 def _set_environment() -> None:

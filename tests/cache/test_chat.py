@@ -14,7 +14,8 @@ from cluster.config import SourceConfig, TokensConfig
 from cluster.corpus.chat import ChatEncoder, tokens_within
 from cluster.corpus.documents import Document
 from cluster.corpus.files import SourceFile
-from cluster.tokenize import load_tokenizer
+from cluster.tokenizer import load_tokenizer
+from logit_store.errors import CorpusError
 from tests.toy import END, WINDOW
 
 pytestmark = pytest.mark.usefixtures("own_memory")
@@ -59,7 +60,7 @@ def by_hand(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], 
 def test_what_the_assistant_says_carries_loss(
     tokenize_here: Callable[..., Any], template: str, tokenizer: Path
 ) -> None:
-    made, loaded = conversations(60), load_tokenizer(str(tokenizer), None)
+    made, loaded = conversations(60), load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     store = tokenize_here([{"messages": m} for m in made], messages_column="messages", chat_template=template)
     expected = []
     for messages in made:
@@ -79,7 +80,7 @@ def test_what_the_assistant_says_carries_loss(
 
 
 def test_all_of_it_carries_loss_when_asked(tokenize_here: Callable[..., Any], template: str, tokenizer: Path) -> None:
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     documents = [{"messages": CHAT}, {"messages": []}, {"messages": None}, {"messages": CHAT[:1]}]
     store = tokenize_here(documents, messages_column="messages", chat_template=template, loss_on="all")
     rows = [store[i] for i in range(len(store))]
@@ -102,7 +103,7 @@ def test_tables_and_lines_give_the_same_rows(tokenize_here: Callable[..., Any], 
 
 def test_a_character_of_several_tokens_is_marked_whole(tokenizer: Path) -> None:
     """Where transformers' mask, which asks for the token of a span's last character, is one of three bytes short."""
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     open_ended = "<u>{{ messages[0].content }}{% generation %}{{ messages[1].content }}{% endgeneration %}"
     config = TokensConfig(path="", source=SourceConfig(files=["x"], messages_column="m"), tokenizer="")
     messages = [CHAT[0], {"role": "assistant", "content": "x 🦀"}]
@@ -173,3 +174,12 @@ def test_another_template_is_another_store(tokenize_here: Callable[..., Any], te
     (tmp_path / "other.jinja").write_text(TEMPLATE.replace("<a>", "<assistant>"))
     with pytest.raises(IdentityError, match=r"corpus\.\w+_sha256 is"):
         tokenize_here(documents, messages_column="messages", chat_template=f"{tmp_path}/other.jinja", num_shards=1)
+
+
+def test_a_mask_of_everything_that_is_predicted_is_refused(tokenizer: Path) -> None:
+    """Nothing predicts the first token: that it is not marked says nothing."""
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
+    everyone = END + "{% generation %}{% for message in messages %}{{ message.content }}{% endfor %}{% endgeneration %}"
+    config = TokensConfig(path="", source=SourceConfig(files=["x"], messages_column="m"), tokenizer="")
+    with pytest.raises(CorpusError, match="marks all of the conversation as the assistant's"):
+        list(ChatEncoder(config, loaded, everyone)([Document({"m": CHAT}, FILE, 1)]))

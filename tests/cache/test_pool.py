@@ -1,5 +1,6 @@
 """The pool against a cluster of our own making: places for workers come and go, and nothing is waited for for ever."""
 
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,9 @@ from cluster import ray_workers
 from cluster.config import ClusterConfig
 from cluster.job.pool import Event, Pool
 from cluster.job.schedule import Cause, Limits, Schedule, Task
+from cluster.ray_cluster import check_room
 from cluster.ray_workers import WorkerDied
-from logit_store.errors import TeacherError
+from logit_store.errors import ConfigError, DecantError, IdentityError, TeacherError
 
 ROWS = 8
 
@@ -93,8 +95,11 @@ def test_rows_that_kill_beside_each_other(monkeypatch: pytest.MonkeyPatch, worke
     assert [event.kind for event in events].count("left_out") == len(bad)
 
 
-def test_a_machine_that_stops_working_later_is_no_reason_to_stop(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A teacher that cannot be loaded ends a job only before any could."""
+@pytest.mark.parametrize("error", [TeacherError, ConfigError, IdentityError])
+def test_a_machine_that_stops_working_later_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch, error: type[DecantError]
+) -> None:
+    """A teacher, an engine or tokens that are not there end a job only before any worker could start."""
     starts = [0]
 
     def answer(_method: str, task: Task) -> dict[str, Any]:
@@ -108,7 +113,7 @@ def test_a_machine_that_stops_working_later_is_no_reason_to_stop(monkeypatch: py
     def result(self: Room, call: object) -> Any:
         if self.calls[call][1] == "start" and starts[0] == 1:
             starts[0] = 2
-            raise TeacherError("no GPU here any more")
+            raise error("no GPU here any more")
         return original(self, call)
 
     monkeypatch.setattr(Room, "result", result)
@@ -116,5 +121,34 @@ def test_a_machine_that_stops_working_later_is_no_reason_to_stop(monkeypatch: py
     assert schedule.num_done == 4
     assert [e.fields["reason"] for e in events if e.kind == "died"] == ["killed", "no GPU here any more"]
     starts[0] = 1
-    with pytest.raises(TeacherError, match="no GPU here"):
+    with pytest.raises(error, match="no GPU here"):
         run(monkeypatch, 1, answer, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "nodes", "message"),
+    [
+        ({"workers": 4, "gpus_per_worker": 4}, [{"CPU": 8, "GPU": 4}] * 4, None),
+        ({"workers": 2, "gpus_per_worker": 8}, [{"CPU": 8, "GPU": 4}] * 4, "and the 4 nodes have room for 0"),
+        ({"workers": 16, "gpus_per_worker": 0.5}, [{"CPU": 8, "GPU": 4}] * 2, None),
+        ({"workers": 3, "cpus_per_worker": 4}, [{"CPU": 6}] * 2, "on one node, and the 2 nodes have room for 2"),
+        ({"workers": 3, "cpus_per_worker": 4}, [{"CPU": 5}] * 2, "cpus_per_worker = 12, but the cluster has 10"),
+        ({"workers": 1, "gpus_per_worker": 8, "multi_node_workers": True}, [{"CPU": 4, "GPU": 4}] * 2, None),
+        ({"workers": 1, "gpus_per_worker": 8, "multi_node_workers": True, "cpus_per_worker": 4},
+         [{"CPU": 8, "GPU": 4}] * 2, "cpus_per_worker × cluster.gpus_per_worker = 32, but the cluster has 16 CPUs"),
+        ({"workers": 9, "resources_per_worker": {"H100": 0.001}}, [{"CPU": 16, "H100": 1}, {"CPU": 16}], None),
+        ({"workers": 3, "resources_per_worker": {"H100": 0.3}}, [{"CPU": 16, "H100": 0.5}] * 2, "room for 2"),
+        ({"workers": 17, "autoscaling": True}, [{"CPU": 1}], None),
+    ],
+)  # fmt: skip
+def test_a_cluster_must_have_a_place_for_each_worker(
+    monkeypatch: pytest.MonkeyPatch, cluster: dict[str, Any], nodes: list[dict[str, float]], message: str | None
+) -> None:
+    """Sums over nodes do not tell: a worker is on one node, or its GPUs one by one are."""
+    alive = [{"Alive": True, "Resources": node} for node in nodes]
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False, "Resources": {"CPU": 999, "GPU": 999}}])
+    if message is None:
+        check_room(ClusterConfig(**cluster))
+        return
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        check_room(ClusterConfig(**cluster))

@@ -21,13 +21,14 @@ class World(NamedTuple):
     poison: set[tuple[int, int]]
     noise: float = 0.0
     noise_cause: Cause = Cause.OUTSIDE
+    poison_cause: Cause = Cause.PROCESS
 
     def outcome(self, task: Task, rng: random.Random) -> Cause | None:
         if rng.random() < self.noise:
             return self.noise_cause
         left_out = dict(task.left_out)
         scored = [row for row in task.probe or range(ROWS) if row not in left_out]
-        return Cause.PROCESS if any((task.shard, row) in self.poison for row in scored) else None
+        return self.poison_cause if any((task.shard, row) in self.poison for row in scored) else None
 
 
 def run(schedule: Schedule, world: World, num_workers: int, seed: int) -> list[Task]:
@@ -73,13 +74,19 @@ poisons = st.sets(st.tuples(st.integers(0, 7), st.integers(0, ROWS - 1)), max_si
 
 
 @settings(deadline=None, max_examples=150)
-@given(poisons, st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([0.0, 0.3]))
+@given(
+    poisons,
+    st.integers(1, 4),
+    st.integers(0, 2**31),
+    st.sampled_from([0.0, 0.3]),
+    st.sampled_from([Cause.PROCESS, Cause.MEMORY]),
+)
 def test_the_rows_that_kill_are_left_out_and_no_others(
-    poison: set[tuple[int, int]], num_workers: int, seed: int, noise: float
+    poison: set[tuple[int, int]], num_workers: int, seed: int, noise: float, cause: Cause
 ) -> None:
-    """Whatever happens to nodes meanwhile."""
+    """Whatever happens to nodes meanwhile; also those for which no batch is small enough."""
     schedule = Schedule(range(8), lambda _: ROWS, LIMITS)
-    given = run(schedule, World(poison, noise), num_workers, seed)
+    given = run(schedule, World(poison, noise, poison_cause=cause), num_workers, seed)
     assert schedule.is_over
     assert schedule.num_done == 8
     assert set(schedule.left_out) == poison

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cluster.config import TargetsConfig, TeacherConfig
 from cluster.teachers.targets import Selector
 from cluster.teachers.transformers_teacher import TransformersTeacher, equal_length_batches
+from cluster.teachers.vllm_capture import TargetCapture
 from logit_store import Targets
 from logit_store.errors import TeacherError
 from tests.toy import ROOT, WINDOW
@@ -276,6 +277,39 @@ def test_a_killed_vllm_engine_is_reported_at_once_and_leaves_nothing(teacher: Pa
         score_until_it_fails()
     backend.close()
     assert_gone(processes)
+
+
+def test_a_vllm_engine_that_ran_out_of_memory_leaves_word_of_it(tmp_path: Path) -> None:
+    """Its driver learns of its end alone; a smaller batch is tried only where it was for want of memory."""
+    place, steps = tmp_path / "out_of_memory", iter(["fine", "wrong", "too much"])
+
+    class Runner:
+        def execute_model(self) -> str:
+            match next(steps):
+                case "too much":
+                    torch.empty(2**60)
+                case "wrong":
+                    raise RuntimeError("an error of another kind")
+            return "fine"
+
+    worker: Any = TargetCapture()
+    worker.model_runner = Runner()
+    worker.tell_of_memory(str(place))
+    assert worker.model_runner.execute_model() == "fine"
+    with pytest.raises(RuntimeError, match="another kind"):
+        worker.model_runner.execute_model()
+    assert not place.exists()
+    with pytest.raises(RuntimeError, match="memory"):
+        worker.model_runner.execute_model()
+    assert place.exists()
+
+
+def test_a_vllm_process_on_another_machine_watches_no_number_of_this_one() -> None:
+    """Process numbers mean other processes there, or none, whose driver would seem to have died."""
+    before = threading.active_count()
+    TargetCapture().end_with(2**22 + 1, "another start of another machine")
+    time.sleep(0.1)
+    assert threading.active_count() == before
 
 
 def test_a_vllm_engine_ends_with_a_killed_driver(teacher: Path) -> None:

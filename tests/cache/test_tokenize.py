@@ -17,7 +17,8 @@ from cluster.config import SourceConfig, TokensConfig
 from cluster.corpus.documents import Document
 from cluster.corpus.files import SourceFile
 from cluster.corpus.windows import SMALLEST_POWER, document_rows, piece_lengths
-from cluster.tokenize import load_tokenizer, make_encoder, stretches
+from cluster.tokenize import make_encoder, stretches
+from cluster.tokenizer import load_tokenizer
 from logit_store import TokenRow
 from logit_store.errors import ConfigError, CorpusError, IdentityError
 from logit_store.vocabulary import describe_tokenizer, vocabulary_size
@@ -36,7 +37,7 @@ def text_rows(texts: list[Any], tokenizer: Any, held_out: float) -> list[TokenRo
 
 
 def test_rows_are_the_documents_in_consecutive_windows(tokenizer: Path) -> None:
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     rows = text_rows(TEXTS, loaded, 0.5)
     documents: dict[int, list[int]] = {}
     for row in rows:
@@ -64,7 +65,7 @@ def test_pieces_of_powers_of_two_are_the_largest_that_fit(num_tokens: int, windo
 def test_a_store_of_pieces_is_another_store(tokenize_here: Callable[..., Any], tokenizer: Path) -> None:
     documents = [{"text": text} for text in TEXTS]
     store = tokenize_here(documents, pieces="powers_of_two")
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     expected = [[*loaded(text)["input_ids"], loaded.eos_token_id] for text in TEXTS if text]
     rows = [store[i] for i in range(len(store))]
     for document, ids in zip(dict.fromkeys(row.document for row in rows), expected, strict=True):
@@ -78,7 +79,7 @@ def test_a_store_of_pieces_is_another_store(tokenize_here: Callable[..., Any], t
 
 
 def test_the_split_is_the_texts_own(tokenizer: Path) -> None:
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     texts = [f"x = {i}" for i in range(2000)]
     splits = [row.split for row in text_rows(texts, loaded, 0.2)]
     assert 0.16 < splits.count("held_out") / 2000 < 0.24
@@ -87,7 +88,7 @@ def test_the_split_is_the_texts_own(tokenizer: Path) -> None:
 
 
 def test_a_shared_store_holds_the_corpus(tokens: Any, corpus: Path, tokenizer: Path) -> None:
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     expected = text_rows(texts, loaded, 0.2)
     assert len(tokens) == len(expected)
@@ -101,7 +102,7 @@ def test_a_shared_store_holds_the_corpus(tokens: Any, corpus: Path, tokenizer: P
 
 def test_a_shared_stores_shards_are_equal_numbers_of_documents(tokens: Any, corpus: Path, tokenizer: Path) -> None:
     """Shard s is the documents [n·s/S, n·(s+1)/S), whoever reads them."""
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     texts = [json.loads(line)["text"] for line in corpus.read_text().splitlines()]
     for shard in range(8):
         mine = texts[20 * shard // 8 : 20 * (shard + 1) // 8]
@@ -112,11 +113,11 @@ def test_a_shared_stores_shards_are_equal_numbers_of_documents(tokens: Any, corp
 
 def test_a_text_that_is_no_text(tokenizer: Path) -> None:
     with pytest.raises(CorpusError, match=r"c\.jsonl, line 2: the text is int, not a string"):
-        text_rows(["x", 3], load_tokenizer(str(tokenizer), None), 0.0)
+        text_rows(["x", 3], load_tokenizer(str(tokenizer), None, trust_remote_code=False), 0.0)
 
 
 def test_padding_and_truncation_do_not_change_a_tokenizers_identity(tokenizer: Path) -> None:
-    loaded = load_tokenizer(str(tokenizer), None)
+    loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
     before = describe_tokenizer(loaded)
     loaded(["a b c", "d"], padding=True, truncation=True, max_length=2)
     assert describe_tokenizer(loaded) == before
@@ -126,8 +127,8 @@ def test_padding_and_truncation_do_not_change_a_tokenizers_identity(tokenizer: P
 
 
 def test_no_tokenizer(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no tokenizer at"):
-        load_tokenizer(str(tmp_path), None)
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded from"):
+        load_tokenizer(str(tmp_path), None, trust_remote_code=False)
 
 
 # The verb, its tasks run in this process

@@ -61,6 +61,9 @@ def test_cache_refuses_before_anything_is_written(
     small = make_teacher(tmp_path / "narrow", tokenizer, vocab_size=300)
     short = make_teacher(tmp_path / "short", tokenizer, context=48)
     foreign = make_teacher(tmp_path / "foreign", tokenizer)
+    wordless = make_teacher(tmp_path / "wordless", tokenizer)
+    for file in wordless.glob("*token*"):
+        file.unlink()
     encoder, pickled = tmp_path / "encoder", make_teacher(tmp_path / "pickled", tokenizer)
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(encoder)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
@@ -73,6 +76,7 @@ def test_cache_refuses_before_anything_is_written(
         "targets.kk=4": "unknown key 'targets.kk'; did you mean 'k'?",
         "targets.k=four": "targets.k: input should be a valid integer",
         "teacher.model=/nowhere": "'/nowhere' is no directory and cannot be fetched from the Hub",
+        f"teacher.model={wordless}": "the teacher's tokenizer cannot be compared with that of the token shards",
         f"teacher.model={tokenizer}": "is no model that transformers can read: Unrecognized model",
         f"teacher.model={small}": "head has 300 rows, fewer than the tokenizer's vocabulary of 400",
         f"teacher.model={short}": "sequences of 48 tokens, but the teacher's context is 48: tokenize again "
@@ -82,6 +86,7 @@ def test_cache_refuses_before_anything_is_written(
         "targets.always=[7,400]": "targets.always names id 400, but the vocabulary has the ids 0 to 399",
         "targets.kind=threshold": "targets: kind=threshold has no `k`",
         "teacher.tensor_parallel=2": "tensor_parallel is not for teacher.backend=transformers: leave it out",
+        "cluster.gpus_per_worker=4": "cluster.gpus_per_worker = 4, of which this teacher would use one",
         "cluster.gpus_per_worker=1": "cluster.workers × cluster.gpus_per_worker = 2, but the cluster has 0 GPUs",
         "cluster.resources_per_worker={TPU: 4}": "cluster.resources_per_worker.TPU = 8, but the cluster",
         "tokens.path=/nowhere": "/nowhere holds no decant store",
@@ -137,7 +142,7 @@ def test_tokenize_refuses_before_anything_is_written(
         "tokens.source.files=[/nowhere/*.jsonl]": "no file matches '/nowhere/*.jsonl'",
         f"tokens.source.files=[{tmp_path}/empty.jsonl]": "the corpus is empty",
         f"tokens.source.files=[{tmp_path}/blank.jsonl]": "no document of it has any text",
-        "tokens.tokenizer=/nowhere": "no tokenizer at '/nowhere'",
+        "tokens.tokenizer=/nowhere": "no tokenizer can be loaded from '/nowhere'",
         "tokens.window=1": "tokens.window: input should be greater than or equal to 2",
     }
     for override, message in cases.items():

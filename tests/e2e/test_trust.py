@@ -1,10 +1,14 @@
 """Who can reach a run, and what it writes down: a local cluster is ours alone, and no secret is ever stored."""
 
+import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +16,9 @@ import pytest
 
 import decant
 from cluster.submit import CREDENTIALS
+from cluster.tokenizer import load_tokenizer
 from logit_store import LogitStore
+from logit_store.errors import ConfigError
 from tests.toy import PLANTED, ROOT
 
 SESSION = """
@@ -141,6 +147,8 @@ def test_no_secret_of_the_environment_is_written_down(store: LogitStore, shared:
         ("tokens.path=simplecache::s3://:plantedkey@bucket/tokens", "tokens.path"),
         ("teacher.model=https://user:plantedkey@host/model", "teacher.model"),
         ('tokens.source.files=["https://host/c.jsonl?X-Amz-Signature=plantedkey"]', "tokens.source.files"),
+        ('tokens.source.files=["https://host/c.jsonl?a=1&api_key=plantedkey"]', "tokens.source.files"),
+        ("store.path=https://ghp_plantedkey@host/store", "store.path"),
     ],
 )
 @pytest.mark.parametrize("verb", ["tokenize", "cache"])
@@ -155,3 +163,27 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(
 
 def test_a_url_with_a_user_alone_is_fine() -> None:
     assert not CREDENTIALS.search("abfs://container@account.dfs.core.windows.net/store?versionId=3")
+
+
+# Code
+
+
+def test_code_beside_a_tokenizer_runs_only_when_the_config_says_so(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody is asked: whoever sits at the terminal might press `y`, and a job of Ray's has no terminal."""
+    folder, ran = shutil.copytree(tokenizer, tmp_path / "with_code"), tmp_path / "ran"
+    (folder / "own.py").write_text(
+        "from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\n"
+        f"Path({str(ran)!r}).touch()\nclass Own(PreTrainedTokenizerFast):\n    pass\n"
+    )
+    described = json.loads((folder / "tokenizer_config.json").read_text())
+    described |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(described))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
+    with suppress(ConfigError):  # or the tokenizer without its code, where transformers can make it
+        assert type(load_tokenizer(str(folder), None, trust_remote_code=False)).__name__ != "Own"
+    assert not ran.exists()
+    assert type(load_tokenizer(str(folder), None, trust_remote_code=True)).__name__ == "Own"
+    assert ran.exists()

@@ -89,7 +89,7 @@ def _pretrained_config(config: StudentConfig) -> Any:
     assert config.pretrained is not None
     name, revision = config.pretrained
     try:
-        return AutoConfig.from_pretrained(name, revision=revision)
+        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=False)
     except REFUSALS as error:
         raise StudentError(f"the student cannot be built: {one_line(error)}") from error
 

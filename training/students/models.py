@@ -66,7 +66,7 @@ def _pretrained(config: StudentConfig, dtype: Any) -> Any:
     assert config.pretrained is not None
     name, revision = config.pretrained
     model, loading = AutoModelForCausalLM.from_pretrained(
-        name, revision=revision, dtype=dtype, output_loading_info=True
+        name, revision=revision, dtype=dtype, trust_remote_code=False, output_loading_info=True
     )
     if loading["missing_keys"]:
         raise StudentError(f"{name} lacks weights of the model: {', '.join(sorted(loading['missing_keys'])[:3])}, …")
@@ -86,7 +86,7 @@ def check_tokenizer(config: StudentConfig, manifest: dict[str, Any]) -> list[str
 
     name, revision = config.pretrained
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise StudentError(f"no tokenizer beside the student's model {name!r}: {error}") from error
     own, stored = describe_tokenizer(tokenizer), manifest["tokenizer"]
