@@ -62,12 +62,13 @@ class VllmTeacher:
         _set_environment()
         try:
             import vllm
+            from vllm.platforms import current_platform
         except ImportError as error:
             raise ConfigError(
                 f"teacher.backend is vllm, but vllm cannot be imported ({error}): run `make setup`, "
                 "or set teacher.backend=transformers"
             ) from error
-        if not (vllm.platforms.current_platform.is_cpu() or torch.cuda.is_available()):
+        if not (current_platform.is_cpu() or torch.cuda.is_available()):
             raise ConfigError(
                 "teacher.backend is vllm, whose build here is for GPUs, and this worker has none: set "
                 f"cluster.gpus_per_worker={config.num_gpus}"
