@@ -2,14 +2,19 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from logit_store import LogitStore, TokenStore
 from logit_store.errors import ConfigError, StoreError
 from training.config import LossConfig
 from training.losses import LEGAL_TAILS
-from training.losses.temperatures import MIN_KNOTS, interpolation_error
+from training.losses.temperatures import MIN_KNOTS, gap_errors
 
 PROBED_ROWS = 32
-"""Rows over which the error of interpolated log-partitions is measured."""
+"""Rows over which the error of interpolated log-partitions is estimated."""
+MAX_ERROR = 0.1
+"""Largest estimate of that error, in nats, that a run may have. An error of A_T is one of every log p_T at a position,
+so that at 0.1 each of the teacher's probabilities is off by a tenth, and what is left for the tail by as much."""
 
 
 def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequence[float]) -> list[str]:
@@ -72,9 +77,24 @@ def _check_temperature(loss: LossConfig, store: LogitStore, stored: Sequence[flo
             f"{MIN_KNOTS} temperatures, 1 included, with {low} and {high} between the lowest and the highest: cache "
             "again with such targets.temperatures"
         )
+    return [_check_interpolation(store, stored, low, high, name)]
+
+
+def _check_interpolation(store: LogitStore, stored: Sequence[float], low: float, high: float, name: str) -> str:
+    """How far off interpolated log-partitions may be. Raises ConfigError: too far."""
     rows = store.rows("train")[:PROBED_ROWS]
-    error = max((interpolation_error(store[int(row)].targets.log_partition_PS, stored) for row in rows), default=0.0)
-    return [
-        f"log-partitions between the stored temperatures {served} are interpolated; with one of those left out, it was "
-        f"off by at most {error:.2g} nats over {len(rows)} rows"
-    ]
+    columns = [store.manifest["temperatures"].index(temperature) for temperature in stored]
+    partitions = [store[int(row)].targets.log_partition_PS[:, columns] for row in rows]
+    errors = gap_errors(np.concatenate([np.zeros((1, len(stored)), np.float32), *partitions]), stored, low, high)
+    error, served = max(errors.values()), [1.0, *stored]
+    if error > MAX_ERROR:
+        missing = [round(middle, 2) for middle, found in errors.items() if found > MAX_ERROR]
+        raise ConfigError(
+            f"{name} from {low} to {high}: log-partitions would be interpolated between those of {store.storage.url} "
+            f"at {served}, and may be off by {error:.2g} nats there (at most {MAX_ERROR} is allowed; estimated over "
+            f"{len(rows)} rows). Cache again with more targets.temperatures: around {', '.join(map(str, missing))}"
+        )
+    return (
+        f"log-partitions between the stored temperatures {served} are interpolated: by an estimate over {len(rows)} "
+        f"rows they are off by at most {error:.2g} nats"
+    )
