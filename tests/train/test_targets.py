@@ -16,7 +16,7 @@ from tests.store.made import make_row, write_store, write_tokens
 from training.config import LossConfig, TowardsConfig, TrainConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import collate
-from training.data.source import Source
+from training.data.source import Source, Text
 from training.losses import Objective, SparseTargets, soft_losses
 from training.losses.check import check_loss
 from training.losses.objective import Part
@@ -190,6 +190,19 @@ def test_pairs_that_the_labels_do_not_serve_are_refused(
     changes = "temperature_schedule" in loss or "learned_temperature" in loss
     assert len(warnings) == changes
     assert all("interpolated: by an estimate over 3 rows" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_draws_serve_their_own_temperature_beside_those_of_another_teacher(
+    stores: dict[str, LogitStore], temperature: float
+) -> None:
+    teachers = [stores["counts"], stores["counts at 2"]]
+    source = Source([Text(1.0, tuple(teachers), (0.5, 0.5))])
+    assert source.temperatures == ()
+    loss = LossConfig(tail="sampled", temperature=temperature)
+    assert check_loss(loss, teachers[temperature == 2.0], [temperature]) == []
+    with pytest.raises(ConfigError, match=f"are from the distribution at {3 - temperature} alone"):
+        check_loss(loss, teachers[temperature == 1.0], source.temperatures)
 
 
 def test_tokens_alone_serve_cross_entropy_alone(tmp_path: Path) -> None:

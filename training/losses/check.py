@@ -33,6 +33,12 @@ def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequenc
     return _check_temperature(loss, store, stored)
 
 
+def drawn_temperature(store: LogitStore) -> float:
+    """T of the distribution that a store's draws are from. Its own, whatever the other stores of a run have."""
+    stored = store.manifest["temperatures"]
+    return float(stored[0]) if stored else 1.0
+
+
 def _check_tail(loss: LossConfig, store: LogitStore) -> None:
     entries, draws = store.shards.total("entries"), store.shards.total("draws")
     everything_kept = entries == store.num_labelled * store.manifest["vocabulary_size"]
@@ -58,11 +64,12 @@ def _check_tail(loss: LossConfig, store: LogitStore) -> None:
 def _check_temperature(loss: LossConfig, store: LogitStore, stored: Sequence[float]) -> list[str]:
     served, (low, high) = [1.0, *stored], loss.extreme_temperatures
     name = "loss.learned_temperature" if loss.learned_temperature else "loss.temperature"
-    if loss.tail == "sampled" and (low, high) != (only := stored[0] if stored else 1.0, only):
+    drawn_at = drawn_temperature(store)
+    if loss.tail == "sampled" and (low, high) != (drawn_at, drawn_at):
         came = low if low == high else f"from {low} to {high}"
         raise ConfigError(
-            f"{name} {came}: the draws of {store.storage.url} are from the distribution at {only} alone. Set "
-            f"loss.temperature={only}, or cache again with another targets.temperatures"
+            f"{name} {came}: the draws of {store.storage.url} are from the distribution at {drawn_at} alone. Set "
+            f"loss.temperature={drawn_at}, or cache again with another targets.temperatures"
         )
     if low == high:
         if low not in served:
