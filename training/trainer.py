@@ -11,6 +11,7 @@ from training.config import TrainConfig
 from training.curriculum.batches import Cursor
 from training.data.feed import Feed, Step
 from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
+from training.losses.check import tells_kl
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
@@ -39,7 +40,9 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
     vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
     model = build_student(config.student, vocabulary_size, prepared.longest, config.run.seed)
     sizes, flops = num_parameters(model), model_flops(model)
-    student = Student(model, vocabulary_size, config.loss, prepared.source.temperatures, config.student.attention)
+    source, loss = prepared.source, config.loss
+    tells = tells_kl(loss, source.stores)
+    student = Student(model, vocabulary_size, loss, source.temperatures, config.student.attention, tells)
     with process_group() as rank:
         engine = Engine(student, prepared.engine_config)
         if rank == 0:

@@ -1,6 +1,8 @@
 """Held-out figures against figures computed densely, row by row."""
 
+import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from training.config import LossConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import rank_batches
 from training.data.source import Source
+from training.losses.check import tells_kl
 from training.students.student import Student
 from training.watching.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
 
@@ -39,11 +42,22 @@ def student() -> Student:
     return Student(model, V, LossConfig(alpha=0.5, tail="ghost", chunk_positions=7)).eval()
 
 
+def held_out_store(folder: Path, heads: list[list[int]], **header: Any) -> Source:
+    """Held-out rows with so many entries at each position; their teachers make up to five draws."""
+    rng = np.random.default_rng(2)
+    rows = [make_row(rng, len(head) + 1, head, temperatures=0, max_draws=5) for head in heads]
+    rows = [LogitRow(row.tokens._replace(split="held_out"), row.targets) for row in rows]
+    header = {"temperatures": [], "codec": {"kind": "exact"}, **header}
+    return Source.of(write_store(str(folder / "store"), [rows], **header))
+
+
 @torch.no_grad()
-def measured(source: Source, student: Student, prefixes: list[Prefix], ranks: int) -> Figures:
+def measured(
+    source: Source, student: Student, prefixes: list[Prefix], ranks: int, micro_batch_tokens: int = 40
+) -> Figures:
     total = 0
     for rank in range(ranks):
-        for batch in rank_batches(source, prefixes, ranks, rank, 40, 128):
+        for batch in rank_batches(source, prefixes, ranks, rank, micro_batch_tokens, 128):
             total = total + tally(batch, student(batch)).numpy()
     return figures(total)  # type: ignore[arg-type]
 
@@ -109,3 +123,43 @@ def test_without_a_teacher_there_is_no_distance_to_it(student: Student, tmp_path
     assert np.isnan(found["agreement"])
     assert found["positions"] == 16
     assert found["loss"] > 0
+
+
+@pytest.mark.parametrize("tail", ["ghost", "renormalise", "uniform"])
+@pytest.mark.parametrize(("ranks", "micro_batch_tokens"), [(1, 1), (3, 40)])
+def test_figures_do_not_depend_on_which_rows_share_a_micro_batch_of_empty_heads(
+    student: Student, tmp_path: Path, tail: Any, ranks: int, micro_batch_tokens: int
+) -> None:
+    source = held_out_store(tmp_path, [[0] * 8, [3] * 8, [0, 2, 0], [0] * 20, [0], [1] * 4])
+    loss = LossConfig(tail=tail)
+    other = Student(student.model, V, loss, tells_kl=tells_kl(loss, source.stores)).eval()
+    prefixes = held_out_prefixes(source, None)
+    apart = measured(source, other, prefixes, ranks, micro_batch_tokens)
+    together = measured(source, other, prefixes, 1, 999)
+    spans = apart.pop("by_length"), together.pop("by_length")
+    assert apart == pytest.approx(together, rel=1e-5)
+    for span, of_span in spans[0].items():
+        assert of_span == pytest.approx(spans[1][span], rel=1e-5, nan_ok=True), span
+        assert math.isfinite(of_span["kl"])
+    assert math.isnan(spans[0]["1"]["agreement"])  # nothing tells what is most probable
+
+
+def test_agreement_is_over_the_positions_that_have_a_head(student: Student, tmp_path: Path) -> None:
+    source = held_out_store(tmp_path, [[2, 0, 0, 3], [0] * 6])
+    prefixes = held_out_prefixes(source, None)
+    heads_only = [Prefix(0, 1)]
+    assert measured(source, student, heads_only, 1)["agreement"] in (0.0, 1.0)
+    assert teacher_figures(source, prefixes)["agreement"] == 1.0
+
+
+def test_draws_alone_tell_neither_agreement_nor_a_distance_that_needs_heads(student: Student, tmp_path: Path) -> None:
+    source, loss = held_out_store(tmp_path, [[0] * 8, [0] * 3], k=0), LossConfig(alpha=0.0, tail="ghost")
+    assert not tells_kl(loss, source.stores)
+    other = Student(student.model, V, loss, tells_kl=False).eval()
+    prefixes = held_out_prefixes(source, None)
+    for found in (measured(source, other, prefixes, 1), teacher_figures(source, prefixes)):
+        for part in (found, *found["by_length"].values()):
+            assert math.isnan(part["agreement"])
+    unknown = teacher_figures(source, prefixes)
+    assert all(math.isnan(part["accuracy"]) for part in (unknown, *unknown["by_length"].values()))
+    assert math.isnan(measured(source, other, prefixes, 1)["kl"])

@@ -33,6 +33,16 @@ def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequenc
     return _check_temperature(loss, store, stored)
 
 
+def tells_kl(loss: LossConfig, stores: Sequence[LogitStore | TokenStore]) -> bool:
+    """Whether held-out KL can be measured with ``loss.tail``. One answer for a run: no figure may depend on the
+    rows that happen to share a micro-batch."""
+    return all(isinstance(store, LogitStore) and _has_labels_for(loss, store) for store in stores)
+
+
+def _has_labels_for(loss: LossConfig, store: LogitStore) -> bool:
+    return loss.tail == "sampled" or store.shards.total("entries") > 0
+
+
 def drawn_temperature(store: LogitStore) -> float:
     """T of the distribution that a store's draws are from. Its own, whatever the other stores of a run have."""
     stored = store.manifest["temperatures"]

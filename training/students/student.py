@@ -32,10 +32,14 @@ class Student(nn.Module):
 
     def __init__(
         self, model: Any, vocabulary_size: int, loss: LossConfig, stored: Sequence[float] = (),
-        attention: Literal["padded", "varlen"] = "padded",
+        attention: Literal["padded", "varlen"] = "padded", tells_kl: bool = True,
     ) -> None:  # fmt: skip
-        """``stored`` are the temperatures that the labels' log-partitions are of. Raises StudentError."""
+        """``stored`` are the temperatures that the labels' log-partitions are of. Raises StudentError.
+
+        ``tells_kl``: whether the labels serve ``loss.tail``, which a loss without them need not mind.
+        """
         super().__init__()
+        self.tells_kl = tells_kl
         self.attention = attention
         self.model = model
         self.mixing = Mixing(loss)
@@ -86,8 +90,8 @@ class Student(nn.Module):
     def _predict(self, logits_CW: Tensor, next_ids_C: Tensor, teachers: Sequence[WeightedTargets]) -> Predictions:
         log_q_CV = logits_CW[:, : self.objective.vocabulary_size].log_softmax(-1)
         top_C, ids_C = log_q_CV.max(-1)
-        kl_C = torch.zeros_like(top_C) if teachers else torch.full_like(top_C, torch.nan)
-        for weight, targets in teachers:
-            tells = self.measure.tail == "sampled" or targets.head_ids_NK.shape[1] > 0
-            kl_C += weight * soft_losses(logits_CW, next_ids_C, targets, self.measure) if tells else torch.nan
+        told = self.tells_kl and teachers
+        kl_C = torch.zeros_like(top_C) if told else torch.full_like(top_C, torch.nan)
+        for weight, targets in teachers if told else ():
+            kl_C += weight * soft_losses(logits_CW, next_ids_C, targets, self.measure)
         return Predictions(-log_q_CV.gather(-1, next_ids_C[:, None])[:, 0], kl_C, ids_C, top_C.exp())

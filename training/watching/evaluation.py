@@ -49,31 +49,34 @@ def teacher_figures(source: Source, prefixes: Sequence[Prefix]) -> Figures:
             total += weight * tally(batch, own).numpy()
     found = figures(total)
     if not all(store.manifest["k"] for store in source.stores):  # draws do not tell what is most probable
-        found |= dict.fromkeys(("accuracy", "calibration_error", "agreement"), math.nan)
+        for part in (found, *found["by_length"].values()):
+            part |= dict.fromkeys(("accuracy", "calibration_error", "agreement"), math.nan)
     return found
 
 
 def tally(batch: MicroBatch, predictions: Predictions) -> Tensor:
     """Sums of a micro-batch by bucket, [NUM_BUCKETS, NUM_COLUMNS] float64.
 
-    Columns: positions, loss, KL, agreements; then count, confidence and hits of each confidence bin.
+    Columns: positions, loss, KL, agreements, weight of the labels with a head to agree with; then count, confidence
+    and hits of each confidence bin.
     """
     confidence_N = predictions.top_probability_N.double()
     hit_N = (predictions.top_id_N == batch.next_ids_N).double()
-    agree_N = torch.zeros_like(hit_N) if batch.targets else torch.full_like(hit_N, math.nan)
+    agree_N, has_head_N = torch.zeros_like(hit_N), torch.zeros_like(hit_N)
     for weight, targets in batch.targets:
         top_N, _ = top_of_heads(targets)
-        agree_N += weight * (predictions.top_id_N == top_N) if targets.head_ids_NK.shape[1] else math.nan
+        has_head_N += weight * (top_N >= 0)
+        agree_N += weight * ((top_N >= 0) & (predictions.top_id_N == top_N))
     one_N = torch.ones_like(hit_N)
     bin_N = (confidence_N * NUM_BINS).long().clamp(0, NUM_BINS - 1)
     in_bin_NB = torch.nn.functional.one_hot(bin_N, NUM_BINS).double()
     by_bin = [in_bin_NB * values_N[:, None] for values_N in (one_N, confidence_N, hit_N)]
-    plain = [v[:, None] for v in (one_N, predictions.ce_N.double(), predictions.kl_N.double(), agree_N)]
+    plain = [v[:, None] for v in (one_N, predictions.ce_N.double(), predictions.kl_N.double(), agree_N, has_head_N)]
     sums = torch.zeros(NUM_BUCKETS, NUM_COLUMNS, dtype=torch.float64, device=hit_N.device)
     return sums.index_add(0, _bucket_N(batch), torch.cat([*plain, *by_bin], 1))
 
 
-NUM_COLUMNS = 4 + 3 * NUM_BINS
+NUM_COLUMNS = 5 + 3 * NUM_BINS
 
 
 def _bucket_N(batch: MicroBatch) -> Tensor:
@@ -92,14 +95,14 @@ def top_of_heads(targets: SparseTargets) -> tuple[Tensor, Tensor]:
 
 
 def figures(total: np.ndarray) -> Figures:
-    """Figures from summed tallies. ``agreement`` and ``kl`` are NaN without a teacher."""
+    """Figures from summed tallies. ``kl`` is NaN without a teacher, ``agreement`` where no head has an entry."""
     by_length = {_span(b): _figures(sums) for b, sums in enumerate(total) if sums[0] > 0}
     return {**_figures(total.sum(0)), "by_length": by_length}
 
 
 def _figures(sums: np.ndarray) -> dict[str, float]:
-    positions, loss, kl, agreements = sums[:4].tolist()
-    count, confidence, hits = sums[4:].reshape(3, NUM_BINS)
+    positions, loss, kl, agreements, heads = sums[:5].tolist()
+    count, confidence, hits = sums[5:].reshape(3, NUM_BINS)
     return {
         "positions": positions,
         "loss": loss / positions,
@@ -107,7 +110,7 @@ def _figures(sums: np.ndarray) -> dict[str, float]:
         "kl": kl / positions,
         "accuracy": float(hits.sum() / count.sum()),
         "calibration_error": float(np.abs(hits - confidence).sum() / count.sum()),
-        "agreement": agreements / positions,
+        "agreement": agreements / heads if heads else math.nan,
     }
 
 
