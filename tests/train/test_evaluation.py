@@ -42,10 +42,10 @@ def student() -> Student:
     return Student(model, V, LossConfig(alpha=0.5, tail="ghost", chunk_positions=7)).eval()
 
 
-def held_out_store(folder: Path, heads: list[list[int]], **header: Any) -> Source:
-    """Held-out rows with so many entries at each position; their teachers make up to five draws."""
+def held_out_store(folder: Path, heads: list[list[int]], max_draws: int = 5, **header: Any) -> Source:
+    """Held-out rows with so many entries, and up to ``max_draws`` draws, at each position."""
     rng = np.random.default_rng(2)
-    rows = [make_row(rng, len(head) + 1, head, temperatures=0, max_draws=5) for head in heads]
+    rows = [make_row(rng, len(head) + 1, head, temperatures=0, max_draws=max_draws) for head in heads]
     rows = [LogitRow(row.tokens._replace(split="held_out"), row.targets) for row in rows]
     header = {"temperatures": [], "codec": {"kind": "exact"}, **header}
     return Source.of(write_store(str(folder / "store"), [rows], **header))
@@ -163,3 +163,32 @@ def test_draws_alone_tell_neither_agreement_nor_a_distance_that_needs_heads(stud
     unknown = teacher_figures(source, prefixes)
     assert all(math.isnan(part["accuracy"]) for part in (unknown, *unknown["by_length"].values()))
     assert math.isnan(measured(source, other, prefixes, 1)["kl"])
+
+
+@torch.no_grad()
+def test_kl_by_draws_is_at_their_temperature_and_not_scaled_by_it(student: Student, tmp_path: Path) -> None:
+    row = make_row(np.random.default_rng(6), 12, V, temperatures=0)  # of peaked distributions
+    log_p_PV = torch.from_numpy(row.targets.padded_heads(V)[1].copy()).double()
+    partition_PS = (log_p_PV / 2).logsumexp(-1, keepdim=True).float().numpy()
+    held_out = LogitRow(row.tokens._replace(split="held_out"), row.targets._replace(log_partition_PS=partition_PS))
+    source = Source.of(write_store(str(tmp_path / "store"), [[held_out]], k=V, codec={"kind": "exact"}))
+    loss = LossConfig(tail="sampled", temperature=2.0)
+    other = Student(student.model, V, loss, source.temperatures).eval()
+    ids_T = torch.from_numpy(row.tokens.input_ids_T.astype(np.int64))
+    log_q_PV = (student.model(input_ids=ids_T[None]).logits[0, :-1, :V].double() / 2).log_softmax(-1)
+    log_p_PV = (log_p_PV / 2).log_softmax(-1)
+    expected = (log_p_PV.exp() * (log_p_PV - log_q_PV)).sum(-1).mean().item()
+    assert measured(source, other, held_out_prefixes(source, None), 1)["kl"] == pytest.approx(expected, rel=1e-2)
+
+
+@pytest.mark.parametrize(("draws", "temperature", "tells"), [(5, 1.0, True), (5, 2.0, False), (0, 1.0, False)])
+def test_draws_tell_kl_where_there_are_any_of_that_temperature(
+    student: Student, tmp_path: Path, draws: int, temperature: float, tells: bool
+) -> None:
+    source = held_out_store(tmp_path, [[3] * 8, [2] * 20], max_draws=draws)
+    loss = LossConfig(alpha=0.0, tail="sampled", temperature=temperature)
+    assert tells_kl(loss, source.stores) == tells
+    other = Student(student.model, V, loss, tells_kl=tells).eval()
+    found = measured(source, other, held_out_prefixes(source, None), 1)
+    assert math.isfinite(found["kl"]) == tells
+    assert math.isfinite(found["agreement"])

@@ -34,13 +34,18 @@ def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequenc
 
 
 def tells_kl(loss: LossConfig, stores: Sequence[LogitStore | TokenStore]) -> bool:
-    """Whether held-out KL can be measured with ``loss.tail``. One answer for a run: no figure may depend on the
-    rows that happen to share a micro-batch."""
-    return all(isinstance(store, LogitStore) and _has_labels_for(loss, store) for store in stores)
+    """Whether every store's labels serve ``loss.tail``, by which held-out KL is measured (see ``Student``).
+
+    False only where alpha stays 0, or without labels: others are refused. One answer for a run: no figure may depend
+    on the rows that happen to share a micro-batch.
+    """
+    return all(isinstance(store, LogitStore) and _serves_tail(loss, store) for store in stores)
 
 
-def _has_labels_for(loss: LossConfig, store: LogitStore) -> bool:
-    return loss.tail == "sampled" or store.shards.total("entries") > 0
+def _serves_tail(loss: LossConfig, store: LogitStore) -> bool:
+    if loss.tail == "sampled":
+        return store.shards.total("draws") > 0 and loss.extreme_temperatures == (drawn_temperature(store),) * 2
+    return store.shards.total("entries") > 0
 
 
 def drawn_temperature(store: LogitStore) -> float:

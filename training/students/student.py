@@ -21,8 +21,8 @@ class Predictions(NamedTuple):
 
     ce_N: Tensor
     kl_N: Tensor
-    """KL(teacher ‖ student) with the tail as the run's loss treats it, at T = 1 (draws: at theirs); NaN where there is
-    nothing to tell it from."""
+    """KL(teacher ‖ student) with the tail as the run's loss treats it, at T = 1 (draws: at theirs), without the loss's
+    factor T²; NaN where there is nothing to tell it from."""
     top_id_N: Tensor
     top_probability_N: Tensor
 
@@ -93,5 +93,6 @@ class Student(nn.Module):
         told = self.tells_kl and teachers
         kl_C = torch.zeros_like(top_C) if told else torch.full_like(top_C, torch.nan)
         for weight, targets in teachers if told else ():
-            kl_C += weight * soft_losses(logits_CW, next_ids_C, targets, self.measure)
+            scaled_C = soft_losses(logits_CW, next_ids_C, targets, self.measure)  # by T²
+            kl_C += weight * scaled_C / self.measure.temperature**2
         return Predictions(-log_q_CV.gather(-1, next_ids_C[:, None])[:, 0], kl_C, ids_C, top_C.exp())
