@@ -12,7 +12,7 @@ from training.losses.check import check_loss
 from training.students.architecture import check_student
 from training.students.attention import check_attention
 from training.students.models import check_tokenizer
-from training.watching.evaluation import held_out_prefixes
+from training.watching.evaluation import carry_loss, held_out_prefixes
 from training.watching.trackers import check_trackers
 
 
@@ -44,6 +44,11 @@ def prepare(config: TrainConfig) -> Prepared:
     held_out = held_out_prefixes(source, config.evaluation.max_rows)
     if not held_out:
         raise StoreError(f"{source.name} has no held-out rows: tokenize with a larger tokens.held_out")
+    if not carry_loss(source, held_out):
+        raise StoreError(
+            f"{source.name}: no position of the {len(held_out)} held-out rows carries loss, as their loss masks are "
+            "empty: raise evaluation.max_rows, or tokenize with a larger tokens.held_out or other loss masks"
+        )
     longest = max(plan.longest, *(prefix.positions for prefix in held_out))
     check_student(config.student, int(source.manifest["vocabulary_size"]), longest)
     differing = check_tokenizer(config.student, source.manifest)

@@ -9,13 +9,18 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from logit_store import LogitRow
+from logit_store import LogitRow, TokenRow
+from logit_store.config import parse_config
+from logit_store.errors import StoreError
+from tests import toy
 from tests.store.made import V, make_row, write_store, write_tokens
-from training.config import LossConfig
+from tests.students import student_config
+from training.config import LossConfig, TrainConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import rank_batches
 from training.data.source import Source
 from training.losses.check import tells_kl
+from training.prepare import prepare
 from training.students.student import Student
 from training.watching.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
 
@@ -192,3 +197,19 @@ def test_draws_tell_kl_where_there_are_any_of_that_temperature(
     found = measured(source, other, held_out_prefixes(source, None), 1)
     assert math.isfinite(found["kl"]) == tells
     assert math.isfinite(found["agreement"])
+
+
+def test_held_out_rows_without_loss_are_refused_before_a_model_is_loaded(tmp_path: Path, tokenizer: Path) -> None:
+    ids_T = np.arange(30, dtype=np.int32)
+    masks = {"silent": [np.zeros(29, bool)] * 2, "late": [np.zeros(29, bool), np.arange(29) == 28]}
+    for name, masks_of_rows in masks.items():
+        rows = [TokenRow(number, "train", ids_T) for number in range(4)]
+        rows += [TokenRow(4 + number, "held_out", ids_T, mask) for number, mask in enumerate(masks_of_rows)]
+        toy.write_tokens(str(tmp_path / name), tokenizer, [rows], num_shards=1)
+        raw = student_config(tmp_path / "run", str(tmp_path / name), curriculum=None, loss={"alpha": 0.0})
+        config = parse_config(TrainConfig, raw, "test")
+        if name == "late":
+            assert len(prepare(config).held_out) == 2
+            continue
+        with pytest.raises(StoreError, match="no position of the 2 held-out rows carries loss"):
+            prepare(config)

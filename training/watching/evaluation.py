@@ -30,6 +30,14 @@ def held_out_prefixes(source: Source, max_rows: int | None) -> list[Prefix]:
     return [Prefix(row, int(lengths_N[row]) - 1) for text in of_texts for row in text[:max_rows].tolist()]
 
 
+def carry_loss(source: Source, prefixes: Sequence[Prefix]) -> bool:
+    """Whether any position carries loss: figures are means over these. Reads rows with masks alone, up to the first."""
+    return any(
+        not source.may_be_masked(prefix.row) or source.tokens(prefix.row).carries_loss_P[: prefix.positions].any()
+        for prefix in prefixes
+    )
+
+
 def evaluate(engine: Any, source: Source, prefixes: Sequence[Prefix], micro_batch_tokens: int, rank: int) -> Figures:
     """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
     longest = max(prefix.positions for prefix in prefixes)  # what the student's context was checked for
