@@ -241,8 +241,9 @@ def length_rows(runs: Sequence[Run], teacher: Figures | None) -> tuple[list[str]
     for name, figures in shown:
         for figure, pattern in LENGTH_FIGURES.items():
             values = [figures["by_length"][span][figure] for span in spans]
-            if not any(value != value for value in values):  # NaN: there is no teacher
-                rows.append([name, figure.replace("_", " "), *(format(value, pattern) for value in values)])
+            cells = [format(value, pattern) if value == value else "" for value in values]
+            if any(cells):  # all NaN: there is no teacher. Some: rows of these lengths have no heads
+                rows.append([name, figure.replace("_", " "), *cells])
     return ["model", "figure", *spans], rows
 
 

@@ -21,6 +21,7 @@ from training.data.micro_batch import rank_batches
 from training.data.source import Source
 from training.losses.check import tells_kl
 from training.prepare import prepare
+from training.report import length_rows
 from training.students.student import Student
 from training.watching.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
 
@@ -213,3 +214,13 @@ def test_held_out_rows_without_loss_are_refused_before_a_model_is_loaded(tmp_pat
             continue
         with pytest.raises(StoreError, match="no position of the 2 held-out rows carries loss"):
             prepare(config)
+
+
+def test_a_figure_that_some_lengths_lack_has_empty_cells_in_the_report(student: Student, tmp_path: Path) -> None:
+    source = held_out_store(tmp_path, [[0], [3, 2]])
+    found = measured(source, student, held_out_prefixes(source, None), 1)
+    header, rows = length_rows([], found)
+    assert header == ["model", "figure", "1", "2"]
+    (agreement,) = [row[2:] for row in rows if row[1] == "agreement"]
+    assert agreement[0] == ""
+    assert agreement[1].endswith("%")
