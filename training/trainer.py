@@ -11,7 +11,6 @@ from training.config import TrainConfig
 from training.curriculum.batches import Cursor
 from training.data.feed import Feed, Step
 from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
-from training.losses.check import tells_kl
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
@@ -19,7 +18,7 @@ from training.stop import AgreedError, StopRequest
 from training.students.export import save_student
 from training.students.models import build_student, num_parameters
 from training.students.student import Student
-from training.watching.evaluation import Figures, evaluate
+from training.watching.evaluation import Figures, evaluate, kl_measure
 from training.watching.flops import model_flops
 from training.watching.watcher import Watcher
 
@@ -40,9 +39,8 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
     vocabulary_size = int(prepared.source.manifest["vocabulary_size"])
     model = build_student(config.student, vocabulary_size, prepared.longest, config.run.seed)
     sizes, flops = num_parameters(model), model_flops(model)
-    source, loss = prepared.source, config.loss
-    tells = tells_kl(loss, source.stores)
-    student = Student(model, vocabulary_size, loss, source.temperatures, config.student.attention, tells)
+    source, attention = prepared.source, config.student.attention
+    student = Student(model, vocabulary_size, config.loss, source.temperatures, attention, kl_measure(source))
     with process_group() as rank:
         engine = Engine(student, prepared.engine_config)
         if rank == 0:

@@ -19,11 +19,19 @@ from training.config import LossConfig, TrainConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import rank_batches
 from training.data.source import Source
-from training.losses.check import tells_kl
+from training.losses import Objective
 from training.prepare import prepare
 from training.report import length_rows
 from training.students.student import Student
-from training.watching.evaluation import NUM_BINS, Figures, figures, held_out_prefixes, tally, teacher_figures
+from training.watching.evaluation import (
+    NUM_BINS,
+    Figures,
+    figures,
+    held_out_prefixes,
+    kl_measure,
+    tally,
+    teacher_figures,
+)
 
 LENGTHS = (2, 3, 9, 17, 18, 30, 33, 4)
 SPANS = ["1", "2", "3-4", "5-8", "9-16", "17-32"]
@@ -40,12 +48,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @pytest.fixture(scope="module")
-def student() -> Student:
+def student(source: Source) -> Student:
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=V + 3, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
     )
-    return Student(model, V, LossConfig(alpha=0.5, tail="ghost", chunk_positions=7)).eval()
+    return Student(model, V, LossConfig(alpha=0.5, chunk_positions=7), measure=kl_measure(source)).eval()
+
+
+def measuring(student: Student, source: Source) -> Student:
+    """The same model, as it is measured on another source."""
+    return Student(student.model, V, LossConfig(), source.temperatures, measure=kl_measure(source)).eval()
 
 
 def held_out_store(folder: Path, heads: list[list[int]], max_draws: int = 5, **header: Any) -> Source:
@@ -124,22 +137,19 @@ def test_without_a_teacher_there_is_no_distance_to_it(student: Student, tmp_path
     rng = np.random.default_rng(1)
     rows = [make_row(rng, 9, 8).tokens._replace(split="held_out") for _ in range(3)]
     tokens = Source.of(write_tokens(str(tmp_path / "tokens"), [rows]))
-    found = measured(tokens, student, held_out_prefixes(tokens, 2), 1)
+    found = measured(tokens, measuring(student, tokens), held_out_prefixes(tokens, 2), 1)
     assert np.isnan(found["kl"])
     assert np.isnan(found["agreement"])
     assert found["positions"] == 16
     assert found["loss"] > 0
 
 
-@pytest.mark.parametrize("tail", ["ghost", "renormalise", "uniform"])
 @pytest.mark.parametrize(("ranks", "micro_batch_tokens"), [(1, 1), (3, 40)])
 def test_figures_do_not_depend_on_which_rows_share_a_micro_batch_of_empty_heads(
-    student: Student, tmp_path: Path, tail: Any, ranks: int, micro_batch_tokens: int
+    student: Student, tmp_path: Path, ranks: int, micro_batch_tokens: int
 ) -> None:
     source = held_out_store(tmp_path, [[0] * 8, [3] * 8, [0, 2, 0], [0] * 20, [0], [1] * 4])
-    loss = LossConfig(tail=tail)
-    other = Student(student.model, V, loss, tells_kl=tells_kl(loss, source.stores)).eval()
-    prefixes = held_out_prefixes(source, None)
+    other, prefixes = measuring(student, source), held_out_prefixes(source, None)
     apart = measured(source, other, prefixes, ranks, micro_batch_tokens)
     together = measured(source, other, prefixes, 1, 999)
     spans = apart.pop("by_length"), together.pop("by_length")
@@ -158,17 +168,17 @@ def test_agreement_is_over_the_positions_that_have_a_head(student: Student, tmp_
     assert teacher_figures(source, prefixes)["agreement"] == 1.0
 
 
-def test_draws_alone_tell_neither_agreement_nor_a_distance_that_needs_heads(student: Student, tmp_path: Path) -> None:
-    source, loss = held_out_store(tmp_path, [[0] * 8, [0] * 3], k=0), LossConfig(alpha=0.0, tail="ghost")
-    assert not tells_kl(loss, source.stores)
-    other = Student(student.model, V, loss, tells_kl=False).eval()
+def test_draws_alone_tell_no_agreement(student: Student, tmp_path: Path) -> None:
+    source = held_out_store(tmp_path, [[0] * 8, [0] * 3], k=0)
     prefixes = held_out_prefixes(source, None)
-    for found in (measured(source, other, prefixes, 1), teacher_figures(source, prefixes)):
+    of_student, of_teacher = (
+        measured(source, measuring(student, source), prefixes, 1),
+        teacher_figures(source, prefixes),
+    )
+    for found in (of_student, of_teacher):
         for part in (found, *found["by_length"].values()):
             assert math.isnan(part["agreement"])
-    unknown = teacher_figures(source, prefixes)
-    assert all(math.isnan(part["accuracy"]) for part in (unknown, *unknown["by_length"].values()))
-    assert math.isnan(measured(source, other, prefixes, 1)["kl"])
+    assert all(math.isnan(part["accuracy"]) for part in (of_teacher, *of_teacher["by_length"].values()))
 
 
 @torch.no_grad()
@@ -178,8 +188,8 @@ def test_kl_by_draws_is_at_their_temperature_and_not_scaled_by_it(student: Stude
     partition_PS = (log_p_PV / 2).logsumexp(-1, keepdim=True).float().numpy()
     held_out = LogitRow(row.tokens._replace(split="held_out"), row.targets._replace(log_partition_PS=partition_PS))
     source = Source.of(write_store(str(tmp_path / "store"), [[held_out]], k=V, codec={"kind": "exact"}))
-    loss = LossConfig(tail="sampled", temperature=2.0)
-    other = Student(student.model, V, loss, source.temperatures).eval()
+    by_draws = Objective(V, tail="sampled", temperature=2.0, stored=(2.0,))
+    other = Student(student.model, V, LossConfig(), source.temperatures, measure=by_draws).eval()
     ids_T = torch.from_numpy(row.tokens.input_ids_T.astype(np.int64))
     log_q_PV = (student.model(input_ids=ids_T[None]).logits[0, :-1, :V].double() / 2).log_softmax(-1)
     log_p_PV = (log_p_PV / 2).log_softmax(-1)
@@ -187,17 +197,19 @@ def test_kl_by_draws_is_at_their_temperature_and_not_scaled_by_it(student: Stude
     assert measured(source, other, held_out_prefixes(source, None), 1)["kl"] == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize(("draws", "temperature", "tells"), [(5, 1.0, True), (5, 2.0, False), (0, 1.0, False)])
-def test_draws_tell_kl_where_there_are_any_of_that_temperature(
-    student: Student, tmp_path: Path, draws: int, temperature: float, tells: bool
+@pytest.mark.parametrize(
+    ("entries", "draws", "expected"),
+    [(3, 5, ("ghost", 1.0)), (3, 0, ("ghost", 1.0)), (0, 5, ("sampled", 1.0)), (0, 0, None)],
+)
+def test_kl_is_measured_by_heads_or_by_draws(
+    student: Student, tmp_path: Path, entries: int, draws: int, expected: tuple[str, float] | None
 ) -> None:
-    source = held_out_store(tmp_path, [[3] * 8, [2] * 20], max_draws=draws)
-    loss = LossConfig(alpha=0.0, tail="sampled", temperature=temperature)
-    assert tells_kl(loss, source.stores) == tells
-    other = Student(student.model, V, loss, tells_kl=tells).eval()
-    found = measured(source, other, held_out_prefixes(source, None), 1)
-    assert math.isfinite(found["kl"]) == tells
-    assert math.isfinite(found["agreement"])
+    """Not by the run's own tail: `ground_truth` is no distribution of the teacher's."""
+    source = held_out_store(tmp_path, [[entries] * 8, [entries] * 20], max_draws=draws)
+    measure = kl_measure(source)
+    assert (measure and (measure.tail, measure.temperature)) == expected
+    found = measured(source, measuring(student, source), held_out_prefixes(source, None), 1)
+    assert math.isfinite(found["kl"]) == (expected is not None)
 
 
 def test_held_out_rows_without_loss_are_refused_before_a_model_is_loaded(tmp_path: Path, tokenizer: Path) -> None:

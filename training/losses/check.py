@@ -33,21 +33,6 @@ def check_loss(loss: LossConfig, store: LogitStore | TokenStore, stored: Sequenc
     return _check_temperature(loss, store, stored)
 
 
-def tells_kl(loss: LossConfig, stores: Sequence[LogitStore | TokenStore]) -> bool:
-    """Whether every store's labels serve ``loss.tail``, by which held-out KL is measured (see ``Student``).
-
-    False only where alpha stays 0, or without labels: others are refused. One answer for a run: no figure may depend
-    on the rows that happen to share a micro-batch.
-    """
-    return all(isinstance(store, LogitStore) and _serves_tail(loss, store) for store in stores)
-
-
-def _serves_tail(loss: LossConfig, store: LogitStore) -> bool:
-    if loss.tail == "sampled":
-        return store.shards.total("draws") > 0 and loss.extreme_temperatures == (drawn_temperature(store),) * 2
-    return store.shards.total("entries") > 0
-
-
 def drawn_temperature(store: LogitStore) -> float:
     """T of the distribution that a store's draws are from. Its own, whatever the other stores of a run have."""
     stored = store.manifest["temperatures"]

@@ -21,8 +21,7 @@ class Predictions(NamedTuple):
 
     ce_N: Tensor
     kl_N: Tensor
-    """KL(teacher ‖ student) with the tail as the run's loss treats it, at T = 1 (draws: at theirs), without the loss's
-    factor T²; NaN where there is nothing to tell it from."""
+    """KL(teacher ‖ student) as the student's ``measure`` has it, without the loss's factor T²; NaN without one."""
     top_id_N: Tensor
     top_probability_N: Tensor
 
@@ -32,14 +31,14 @@ class Student(nn.Module):
 
     def __init__(
         self, model: Any, vocabulary_size: int, loss: LossConfig, stored: Sequence[float] = (),
-        attention: Literal["padded", "varlen"] = "padded", tells_kl: bool = True,
+        attention: Literal["padded", "varlen"] = "padded", measure: Objective | None = None,
     ) -> None:  # fmt: skip
         """``stored`` are the temperatures that the labels' log-partitions are of. Raises StudentError.
 
-        ``tells_kl``: whether the labels serve ``loss.tail``, which a loss without them need not mind.
+        ``measure`` is how distances to the teacher are measured in eval mode.
         """
         super().__init__()
-        self.tells_kl = tells_kl
+        self.measure = measure
         self.attention = attention
         self.model = model
         self.mixing = Mixing(loss)
@@ -50,8 +49,6 @@ class Student(nn.Module):
             vocabulary_size, tail=loss.tail, divergence=loss.divergence, beta=loss.beta, z_loss=loss.z_loss,
             stored=tuple(stored),
         )  # fmt: skip
-        served = loss.temperature if loss.tail == "sampled" else 1.0
-        self.measure = self.objective._replace(divergence="forward_kl", temperature=served)
         self.chunk = loss.chunk_positions
 
     def forward(self, batch: MicroBatch) -> LossSums | Predictions:
@@ -90,9 +87,8 @@ class Student(nn.Module):
     def _predict(self, logits_CW: Tensor, next_ids_C: Tensor, teachers: Sequence[WeightedTargets]) -> Predictions:
         log_q_CV = logits_CW[:, : self.objective.vocabulary_size].log_softmax(-1)
         top_C, ids_C = log_q_CV.max(-1)
-        told = self.tells_kl and teachers
-        kl_C = torch.zeros_like(top_C) if told else torch.full_like(top_C, torch.nan)
-        for weight, targets in teachers if told else ():
-            scaled_C = soft_losses(logits_CW, next_ids_C, targets, self.measure)  # by T²
-            kl_C += weight * scaled_C / self.measure.temperature**2
+        kl_C = torch.full_like(top_C, torch.nan)
+        if self.measure is not None and teachers:
+            by_teacher = [w * soft_losses(logits_CW, next_ids_C, targets, self.measure) for w, targets in teachers]
+            kl_C = sum(by_teacher, torch.zeros_like(top_C)) / self.measure.temperature**2  # losses are scaled by T²
         return Predictions(-log_q_CV.gather(-1, next_ids_C[:, None])[:, 0], kl_C, ids_C, top_C.exp())

@@ -8,10 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from logit_store import LogitStore
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import MicroBatch, collate, rank_batches
 from training.data.source import Source
-from training.losses import SparseTargets
+from training.losses import Objective, SparseTargets
+from training.losses.check import drawn_temperature
 from training.students.student import Predictions
 
 NUM_BINS = 15
@@ -20,6 +22,25 @@ NUM_BUCKETS = 32
 """Rows are told apart by length: bucket b holds those of 2^(b−1) + 1 to 2^b positions."""
 Figures = dict[str, Any]
 """Numbers by name, and under ``by_length`` the same again for each bucket (`"33-64"`) that has rows."""
+
+
+def kl_measure(source: Source) -> Objective | None:
+    """How the held-out KL of all runs on these stores is measured, whatever their own losses are.
+
+    By heads, at T = 1: all else is one bucket (``ghost``), so that what comes out is at most the KL of the whole
+    distributions, by the data processing inequality, and an empty head is all bucket. Without heads by draws, at the T
+    that they serve. None where the stores have neither in common. One answer for all rows: no figure may depend on
+    which of them share a micro-batch.
+    """
+    stores = [store for store in source.stores if isinstance(store, LogitStore)]
+    measure = Objective(int(source.manifest["vocabulary_size"]), stored=tuple(source.temperatures))
+    if len(stores) < len(source.stores):
+        return None
+    if all(store.shards.total("entries") for store in stores):
+        return measure
+    drawn = {drawn_temperature(store) for store in stores if store.shards.total("draws")}
+    is_drawn = len(drawn) == 1 and all(store.shards.total("draws") for store in stores)
+    return measure._replace(tail="sampled", temperature=drawn.pop()) if is_drawn else None
 
 
 def held_out_prefixes(source: Source, max_rows: int | None) -> list[Prefix]:
