@@ -113,7 +113,8 @@ class StudentConfig(Config):
     config: dict[str, Any] | None = None
     """A new model: `model_type` and the fields of its transformers config. `vocab_size` defaults to the store's V."""
     size: str | None = None
-    """A new model by the number of its parameters without the embedding: a name of training/sizes.py, as `160m`."""
+    """A new model by the number of its parameters without the embedding: a name of
+    training/students/sizes.py, as `160m`."""
     architecture: Literal["qwen3", "llama"] | None = None
     """What `size` is built as; qwen3 where it is not given."""
     from_teacher: FromTeacherConfig | None = None
