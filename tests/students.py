@@ -3,13 +3,16 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from logit_store.config import parse_config
+from logit_store.errors import CorruptError
 from training.config import TrainConfig
 from training.stop import StopRequest
 
@@ -61,6 +64,23 @@ def run_here(config: dict[str, Any], stop: StopRequest | None = None) -> bool:
     from training.trainer import train
 
     return train(parse_config(TrainConfig, config, "test"), stop or StopRequest()) is None
+
+
+@contextmanager
+def held_out_is_damaged() -> Iterator[None]:
+    """Within the block, held-out rows cannot be read by this process."""
+    from training.data.source import Source, SourceRow
+
+    read = Source.__getitem__
+
+    def damaged(source: Source, row: int) -> SourceRow:
+        found = read(source, row)
+        if found.tokens.split == "held_out":
+            raise CorruptError("the checksum of block 7")
+        return found
+
+    with mock.patch.object(Source, "__getitem__", damaged):
+        yield
 
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -393,7 +393,7 @@ class CheckpointConfig(Config):
     """Checkpoints for resuming; the newest is kept."""
 
     every_tokens: int | None = Field(None, ge=1)
-    """Tokens between checkpoints. Without it there is none, and a killed run starts again."""
+    """Tokens between checkpoints. Without it there is none before the last step, and a killed run starts again."""
 
 
 class WandbConfig(Config):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from logit_store.errors import ConfigError, StudentError
+from logit_store.errors import ConfigError, DecantError, StudentError
 from training.run_folder import writing
 from training.stop import AgreedError
 
@@ -230,6 +230,13 @@ def gather(value: Any) -> list[Any]:
     values: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(values, value)
     return values
+
+
+def raise_together(error: DecantError | None) -> None:
+    """Raise AgreedError on every rank, with what the first rank met that has an error; nothing where none has."""
+    for found in gather(str(error) if error else None):
+        if found is not None:
+            raise AgreedError(found)
 
 
 def any_rank(flags: Sequence[bool], device: torch.device) -> list[bool]:

@@ -1,5 +1,7 @@
 """One rank of `decant train`: build, step until the tokens are spent, evaluate, save."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -10,7 +12,7 @@ from training.checkpoints import Checkpoints, crossed
 from training.config import TrainConfig
 from training.curriculum.batches import Cursor
 from training.data.feed import Feed, Step
-from training.engine import Engine, Update, any_rank, gather, process_group, same_on_all_ranks
+from training.engine import Engine, Update, any_rank, process_group, raise_together, same_on_all_ranks
 from training.prepare import Prepared, prepare
 from training.run_folder import RunFolder
 from training.schedules import learning_rate
@@ -51,7 +53,8 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
             cursor = _train_steps(prepared, engine, checkpoints, watch, cursor, stop)
             if cursor.tokens_seen < config.schedule.total_tokens:
                 return cursor
-            figures = _evaluate(prepared, engine, watch, cursor)
+            checkpoints.save(cursor)  # whatever ends the run from here on, its steps are not lost
+            figures = _evaluate(prepared, engine, checkpoints, watch, cursor)
         _save(prepared, run, engine, cursor, {**sizes, "warnings": prepared.warnings, "held_out": figures}, rank)
     return None
 
@@ -68,10 +71,11 @@ def _train_steps(
             before = cursor
             step, error = _read(feed, before)
             asked, failed = any_rank([stop.asked, error is not None], engine.device)
-            if asked or failed:
+            if failed:
+                with _saved_on_errors(checkpoints, before):
+                    raise_together(error)
+            if asked:
                 checkpoints.save(before)
-                if failed:
-                    _fail_together(error, before)
                 return before
             assert step is not None
             cursor = step.cursor
@@ -87,15 +91,17 @@ def _train_steps(
             watch.step(step, {**update.terms, **settings, "skipped": float(not update.applied)})
             if update.not_finite:
                 _refuse_rows(update, step)
-            if crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
-                _evaluate(prepared, engine, watch, cursor)
             checkpoints.save_if_due(before, cursor)
+            if crossed(config.evaluation.every_tokens, before, cursor) and cursor.tokens_seen < schedule.total_tokens:
+                _evaluate(prepared, engine, checkpoints, watch, cursor)
     return cursor
 
 
-def _evaluate(prepared: Prepared, engine: Engine, watch: Watcher, cursor: Cursor) -> Figures:
+def _evaluate(prepared: Prepared, engine: Engine, checkpoints: Checkpoints, watch: Watcher, cursor: Cursor) -> Figures:
+    """Held-out figures at ``cursor``. Where a rank cannot read its rows, all of them save and stop."""
     budget = prepared.config.schedule.micro_batch_tokens
-    figures = evaluate(engine, prepared.source, prepared.held_out, budget, watch.rank)
+    with _saved_on_errors(checkpoints, cursor):
+        figures = evaluate(engine, prepared.source, prepared.held_out, budget, watch.rank)
     watch.evaluation(cursor, figures)
     return figures
 
@@ -126,10 +132,16 @@ def _read(feed: Feed, cursor: Cursor) -> tuple[Step | None, DecantError | None]:
         return None, error
 
 
-def _fail_together(error: DecantError | None, cursor: Cursor) -> None:
-    """Raise on every rank what the first failing one met."""
-    first = next(found for found in gather(str(error) if error else None) if found is not None)
-    raise AgreedError(f"{first}. The run is saved at step {cursor.step}: mend that, and the same command goes on")
+@contextmanager
+def _saved_on_errors(checkpoints: Checkpoints, cursor: Cursor) -> Iterator[None]:
+    """Save at ``cursor`` what ends on an error that all ranks know of, and say so."""
+    try:
+        yield
+    except AgreedError as error:
+        checkpoints.save(cursor)
+        raise AgreedError(
+            f"{error}. The run is saved at step {cursor.step}: mend that, and the same command goes on"
+        ) from error
 
 
 def _refuse_rows(update: Update, step: Step) -> None:

@@ -42,7 +42,7 @@ def make_engine(folder: Path, user: dict[str, Any], scale: float = 1.0, clipping
 
 def batches_of(store: LogitStore, budget: int) -> tuple[list[Any], int]:
     prefixes = [Prefix(int(row), int(store.lengths_N[row]) - 1) for row in store.rows("train")[:12]]
-    return list(rank_batches(Source.of(store), prefixes, 1, 0, budget, 47)), sum(
+    return list(rank_batches(Source.of(store), prefixes, 1, 0, budget, 47, [])), sum(
         prefix.positions for prefix in prefixes
     )
 

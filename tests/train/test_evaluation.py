@@ -76,7 +76,7 @@ def measured(
 ) -> Figures:
     total = 0
     for rank in range(ranks):
-        for batch in rank_batches(source, prefixes, ranks, rank, micro_batch_tokens, 128):
+        for batch in rank_batches(source, prefixes, ranks, rank, micro_batch_tokens, 128, []):
             total = total + tally(batch, student(batch)).numpy()
     return figures(total)  # type: ignore[arg-type]
 

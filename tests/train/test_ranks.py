@@ -5,6 +5,8 @@ What needs two ranks is done by one pair of processes for all tests of this file
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,16 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitStore
-from tests.students import LLAMA, StopAfter, assert_same_run, metrics, on_two_ranks, run_here, student_config
+from tests.students import (
+    LLAMA,
+    StopAfter,
+    assert_same_run,
+    held_out_is_damaged,
+    metrics,
+    on_two_ranks,
+    run_here,
+    student_config,
+)
 from training.config import LossConfig, StudentConfig, TrainConfig
 from training.curriculum.batches import BatchPlan, Cursor, Prefix
 from training.data.micro_batch import rank_batches
@@ -54,7 +65,7 @@ def exact_gradient(store: LogitStore, rank: int, num_ranks: int, budget: int) ->
     """Loss and gradient of the batch in float64, by plain torch; without DeepSpeed, ranks add their sums up."""
     student, prefixes = make_student(torch.float64), global_batch(store)
     total = torch.zeros((), dtype=torch.float64)
-    for batch in rank_batches(Source.of(store), prefixes, num_ranks, rank, budget, 47):
+    for batch in rank_batches(Source.of(store), prefixes, num_ranks, rank, budget, 47, []):
         loss = student(batch).loss / num_positions(prefixes)
         loss.backward()
         total += loss.detach()
@@ -75,7 +86,7 @@ def engine_gradient(store: LogitStore, rank: int, num_ranks: int, budget: int, f
     student = make_student(torch.float32)
     before = {name: p.detach().clone() for name, p in student.named_parameters()}
     engine, prefixes = Engine(student, deepspeed_config(TrainConfig(**raw))), global_batch(store)
-    batches = list(rank_batches(Source.of(store), prefixes, num_ranks, rank, budget, 47))
+    batches = list(rank_batches(Source.of(store), prefixes, num_ranks, rank, budget, 47, []))
     rate = 2.0**14  # so large that the gradient is not lost in rounding weights
     step = engine.step(batches, num_positions(prefixes), rate)
     with engine.whole_weights():
@@ -107,10 +118,19 @@ def what_two_ranks_do(rank: int, folder: Path, url: str, damaged: str) -> None:
     for name in UP:
         assert run_here(first_steps(folder, name, "up", url))
     run_here(student_config(folder / "together", url), StopAfter(2 if rank == 1 else 1_000_000))
-    try:
+    with noted(folder / f"error{rank}.txt"):
         run_here(student_config(folder / "damaged", damaged))
+    with noted(folder / f"held-out-error{rank}.txt"), held_out_is_damaged() if rank == 1 else nullcontext():
+        run_here(student_config(folder / "held-out", url, schedule={"total_tokens": 600}))
+
+
+@contextmanager
+def noted(path: Path) -> Iterator[None]:
+    """Write down the error that ends the block."""
+    try:
+        yield
     except Exception as error:  # noqa: BLE001  (the test looks at what it was)
-        (folder / f"error{rank}.txt").write_text(f"{type(error).__name__}: {error}")
+        path.write_text(f"{type(error).__name__}: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -214,3 +234,10 @@ def test_a_shard_damaged_in_the_middle_stops_all_ranks_with_a_checkpoint(
     assert run_here(config)
     assert run_here({**config, "run": {"path": str(tmp_path / "quiet")}})
     assert_same_run(pair / "damaged", tmp_path / "quiet", 1e-5)
+
+
+def test_held_out_rows_that_one_rank_cannot_read_stop_all_of_them(pair: Path) -> None:
+    errors = [(pair / f"held-out-error{rank}.txt").read_text() for rank in (0, 1)]
+    assert errors[0] == errors[1]
+    assert errors[0].startswith("AgreedError: the checksum of block 7. The run is saved at step")
+    assert (pair / "held-out" / "checkpoint.json").exists()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from logit_store import Targets
+from logit_store.errors import DecantError
 from training.curriculum.batches import Prefix, micro_batches, padded_positions
 from training.data.source import Source, SourceRow
 from training.losses import SparseTargets, WeightedTargets
@@ -48,11 +49,24 @@ class MicroBatch(NamedTuple):
 
 
 def rank_batches(
-    source: Source, prefixes: Sequence[Prefix], num_ranks: int, rank: int, micro_batch_tokens: int, length: int
+    source: Source,
+    prefixes: Sequence[Prefix],
+    num_ranks: int,
+    rank: int,
+    micro_batch_tokens: int,
+    length: int,
+    errors: list[DecantError],
 ) -> Iterator[MicroBatch]:
-    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, padded to ``length`` at most."""
+    """The micro-batches of ``rank`` when the prefixes are dealt to ``num_ranks``, padded to ``length`` at most.
+
+    One that cannot be read is empty, and ``errors`` says why: other ranks wait for this one in every forward pass.
+    """
     for group in micro_batches(prefixes, num_ranks, micro_batch_tokens, length)[rank]:
-        yield collate(source, group, length)
+        try:
+            yield collate(source, group, length)
+        except DecantError as error:
+            errors.append(error)
+            yield collate(source, [], length)
 
 
 def collate(source: Source, prefixes: Sequence[Prefix], length: int | None = None, labels: bool = True) -> MicroBatch:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from logit_store import LogitStore
+from logit_store.errors import DecantError
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import MicroBatch, collate, rank_batches
 from training.data.source import Source
+from training.engine import raise_together
 from training.losses import Objective, SparseTargets
 from training.losses.check import drawn_temperature
 from training.students.student import Predictions
@@ -60,10 +62,16 @@ def carry_loss(source: Source, prefixes: Sequence[Prefix]) -> bool:
 
 
 def evaluate(engine: Any, source: Source, prefixes: Sequence[Prefix], micro_batch_tokens: int, rank: int) -> Figures:
-    """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same."""
+    """Figures of the engine's student over ``prefixes``; every rank calls this and gets the same.
+
+    Raises AgreedError, on every rank after all of the passes: some rank cannot read its rows.
+    """
     longest = max(prefix.positions for prefix in prefixes)  # what the student's context was checked for
-    batches = rank_batches(source, prefixes, engine.world_size, rank, micro_batch_tokens, length=longest)
-    return figures(engine.predict(batches, tally).cpu().numpy())
+    errors: list[DecantError] = []
+    batches = rank_batches(source, prefixes, engine.world_size, rank, micro_batch_tokens, longest, errors)
+    total = engine.predict(batches, tally)
+    raise_together(errors[0] if errors else None)
+    return figures(total.cpu().numpy())
 
 
 def teacher_figures(source: Source, prefixes: Sequence[Prefix]) -> Figures:
