@@ -23,7 +23,7 @@ from training.config import TrainConfig, WatchConfig
 from training.report import report
 from training.run_folder import RunFolder
 from training.watching.flops import PEAK_TFLOPS, model_flops, peak_flops
-from training.watching.trackers import check_trackers, open_trackers
+from training.watching.trackers import Spared, check_trackers, open_trackers
 
 STUDENT = {
     "model_type": "llama", "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
@@ -177,7 +177,7 @@ def tracked(tmp_path: Path, watch: dict[str, Any]) -> list[Any]:
                 tracker.log({"train/loss": 3.0 - step, "held_out/17-32/kl": 0.5}, step)
         for tracker in trackers:
             tracker.close()
-        found.append(trackers[-1])
+        found.append(trackers[-1].tracker)  # type: ignore[attr-defined]
     return found
 
 
@@ -202,3 +202,31 @@ def test_wandb_writes_offline_and_a_resumed_run_keeps_its_id(tmp_path: Path) -> 
     first, second = tracked(tmp_path, {"wandb": {"project": "students", "mode": "offline"}})
     assert first.run.id == second.run.id == json.loads((tmp_path / "run" / "trackers.json").read_text())["wandb"]
     assert list((tmp_path / "run").rglob(f"run-{first.run.id}.wandb"))
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_an_outage_of_a_tracker_is_a_warning(package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from mlflow.exceptions import MlflowException
+
+    sections: dict[str, Any] = {
+        "wandb": {"project": "students", "mode": "offline"},
+        "mlflow": {"experiment": "students", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"},
+    }
+    raw = make_config(tmp_path / "run", [], data={"store": "x"}, watch={package: sections[package]})
+    (tmp_path / "run").mkdir()
+    tracker = open_trackers(TrainConfig.model_validate(raw), RunFolder(str(tmp_path / "run")), 0)[-1]
+    assert isinstance(tracker, Spared)
+    outages = {"wandb": BrokenPipeError("no answer"), "mlflow": MlflowException("no answer")}
+    calls = mock.Mock(side_effect=outages[package])
+    with mock.patch.object(tracker.tracker, "log", calls):
+        for step in (1, 2):
+            tracker.log({"train/loss": 1.0}, step)
+        assert calls.call_count == 1, "it is left alone for a while"
+        tracker._again_s = 0.0
+        tracker.log({"train/loss": 1.0}, 3)
+        assert calls.call_count == 2
+    with mock.patch.object(tracker.tracker, "close", calls):
+        tracker.close()
+    warning = capsys.readouterr().err
+    assert warning.count(f"warning: watch.{package}: no answer. The run goes on without it") == 1
+    tracker.tracker.close()

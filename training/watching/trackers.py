@@ -1,9 +1,11 @@
 """Where a run's figures go for people to look at: TensorBoard always; W&B and MLflow when asked."""
 
 import importlib.util
+import math
+import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from logit_store.config import dump_config
@@ -14,9 +16,11 @@ from training.run_folder import RunFolder
 PACKAGES = ("wandb", "mlflow")
 """Named alike: the section of `watch`, the package, and the extra that brings it."""
 
-
 MAX_TAG = 5000
 """Characters that every MLflow server takes as a tag; the run's directory has the config whole."""
+
+PAUSE_S = 1800.0
+"""How long a tracker that failed is left alone: MLflow waits minutes for a server that is down, at every step."""
 
 
 class Tracker(Protocol):
@@ -43,10 +47,43 @@ def open_trackers(config: TrainConfig, run: RunFolder, step: int) -> list[Tracke
     """Every tracker of a run that goes on after ``step``. Raises StudentError: one of them cannot be reached."""
     trackers: list[Tracker] = [TensorBoard(run, step)]
     if config.watch.wandb is not None:
-        trackers.append(Wandb(config.watch.wandb, config, run))
+        trackers.append(Spared("wandb", Wandb(config.watch.wandb, config, run)))
     if config.watch.mlflow is not None:
-        trackers.append(Mlflow(config.watch.mlflow, config, run))
+        trackers.append(Spared("mlflow", Mlflow(config.watch.mlflow, config, run)))
     return trackers
+
+
+class Spared:
+    """A tracker of another party, whose outage does not end the run: `metrics.jsonl` has its figures as well."""
+
+    def __init__(self, package: str, tracker: "Wandb | Mlflow") -> None:
+        self.package, self.tracker = package, tracker
+        self._again_s, self._has_warned = -math.inf, False
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Note the figures of a step, unless the tracker failed within the last ``PAUSE_S``."""
+        if time.monotonic() >= self._again_s:
+            self._try(lambda: self.tracker.log(values, step))
+
+    def close(self) -> None:
+        """Send what is left, if the tracker answers."""
+        self._try(self.tracker.close)
+
+    def _try(self, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            # What a package raises when nobody answers has no common base in W&B: its own errors, by where they are.
+            if not isinstance(error, OSError) and type(error).__module__.split(".")[0] != self.package:
+                raise
+            self._again_s = time.monotonic() + PAUSE_S
+            if not self._has_warned:
+                self._has_warned = True
+                print(
+                    f"warning: watch.{self.package}: {' '.join(str(error).split())}. The run goes on without it, tries "
+                    f"again every {PAUSE_S / 60:.0f} minutes, and has all figures in metrics.jsonl",
+                    file=sys.stderr,
+                )
 
 
 class TensorBoard:
