@@ -4,7 +4,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ CONFIG, METRICS, POINTER, RESULT = "config.yaml", "metrics.jsonl", "checkpoint.j
 TRACKERS = "trackers.json"
 LOCK = ".lock"
 
+MEMORY = ("schedule.micro_batch_tokens", "loss.chunk_positions", "student.gradient_checkpointing")
+"""Keys that trade memory for time and change a loss by rounding alone: what died of memory goes on with others."""
 
 TORCH_SAVE_ERRORS = ("PytorchStreamWriter", "inline_container", "iostream error")
 """By these words the RuntimeErrors of torch.save on a full disk are told from others."""
@@ -61,7 +63,10 @@ class RunFolder:
             return
         saved = yaml.safe_load((self.path / CONFIG).read_text())
         remedy = "Choose another run.path, or delete that directory if it is not wanted"
-        require_equal(_decisive(saved), _decisive(_document(config, identity)), str(self.path), remedy)
+        # Until it is finished, nothing that a run has kept depends on how it is evaluated at the end.
+        free = (*MEMORY, "evaluation.every_tokens", *(() if self.result() else ("evaluation.max_rows",)))
+        found, wanted = _decisive(saved, free), _decisive(_document(config, identity), free)
+        require_equal(found, wanted, str(self.path), remedy)
 
     def begin(self, config: TrainConfig, identity: dict[str, Any]) -> None:
         """Lock the directory and save the resolved config.
@@ -147,13 +152,13 @@ def _document(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
     return {**yaml.safe_load(dump_config(config)), "identity": identity}
 
 
-def _decisive(document: dict[str, Any]) -> dict[str, Any]:
-    """The parts that decide the run's numbers, flat; where it lives and how it is launched do not."""
+def _decisive(document: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+    """The parts that decide the run's numbers, flat; where it lives, how it is launched and what is ``free`` do not."""
     flat: dict[str, Any] = {}
     for section, value in document.items():
         if section not in ("launcher", "checkpoint", "deepspeed", "watch"):  # the JSON's content is in the identity
             flat |= {f"{section}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {section: value}
-    for place in ("run.path", *(f"data.{key}" for key in DataConfig.model_fields)):  # stores are in it as well
+    for place in ("run.path", *(f"data.{key}" for key in DataConfig.model_fields), *free):  # stores are in it as well
         flat.pop(place, None)
     return flat
 

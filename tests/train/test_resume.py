@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from logit_store.errors import StudentError
+from logit_store.errors import IdentityError, StudentError
 from tests.students import (
+    StopAfter,
     assert_same_when_stopped_after_every_step,
     held_out_is_damaged,
     metrics,
@@ -58,3 +59,28 @@ def test_a_model_that_cannot_be_written_costs_no_step(
     assert json.loads((tmp_path / "checkpoint.json").read_text())["cursor"]["tokens_seen"] >= 600
     monkeypatch.setattr("training.engine.Engine.step", None)  # no step is taken again
     assert run_here(config)
+
+
+def test_a_run_goes_on_with_less_memory_and_is_the_same(store: Any, one_rank: None, tmp_path: Path) -> None:
+    names = ("run", "quiet")
+    first, quiet = (
+        student_config(tmp_path / name, store.storage.root, schedule={"total_tokens": 1200}) for name in names
+    )
+    assert not run_here(first, StopAfter(2))
+    changes = {"loss": {"chunk_positions": 16}, "schedule": {"micro_batch_tokens": 60, "total_tokens": 1200},
+               "student": {"gradient_checkpointing": True}, "evaluation": {"every_tokens": 10**6}}  # fmt: skip
+    less = student_config(tmp_path / "run", store.storage.root, **changes)
+    assert run_here(less)
+    assert run_here(quiet)
+    ours, theirs = ([line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in names)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    with pytest.raises(IdentityError, match=r"loss.alpha is 0.7 there and 0.5 here\. Choose"):
+        run_here({**less, "loss": {**less["loss"], "alpha": 0.5}})
+    with pytest.raises(IdentityError, match=r"evaluation.max_rows is 2 there and 1 here\. Choose"):
+        run_here({**less, "evaluation": {"max_rows": 1}})  # its figures are of two rows
+
+
+def test_how_a_run_is_evaluated_may_change_until_it_is_finished(store: Any, one_rank: None, tmp_path: Path) -> None:
+    config = student_config(tmp_path, store.storage.root, schedule={"total_tokens": 600})
+    assert not run_here(config, StopAfter(1))
+    assert run_here({**config, "evaluation": {"max_rows": 1}})
