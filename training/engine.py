@@ -29,10 +29,10 @@ class Update(NamedTuple):
     gradient_norm: float
     """Of the global batch, before clipping."""
     applied: bool
-    """Whether weights changed: not where a float16 gradient overflowed, which DeepSpeed answers with a smaller scale,
-    and never where the loss was not finite."""
+    """Whether weights changed: never where the loss was not finite, and not where a float16 gradient overflowed, which
+    DeepSpeed answers with a smaller scale. Other gradients that are not finite may have spoilt them, or not."""
     not_finite: list[tuple[int, int]]
-    """Rank and number of every micro-batch whose loss was not finite."""
+    """Rank and number of every micro-batch whose loss was not finite; of all where it was the gradient alone."""
 
 
 class Engine:
@@ -58,8 +58,7 @@ class Engine:
         gradients over ranks, so each rank's sum is scaled by ranks / positions: the result is the same for
         any number of ranks and micro-batches. A loss that is not finite leaves the weights as they are.
 
-        Raises StudentError: the gradient is not finite, although the loss is (weights are lost then); a float16
-        loss scale cannot fall any further.
+        Raises StudentError: a float16 loss scale cannot fall any further.
         """
         engine = self.engine
         for group in engine.optimizer.param_groups:
@@ -77,10 +76,14 @@ class Engine:
         if not all(map(math.isfinite, terms.values())):
             return Update(terms, math.nan, False, self._not_finite(totals_MX))
         norm = self._update()
-        return Update(terms, norm, bool(engine.was_step_applied()), [])
+        not_finite: list[tuple[int, int]] = []
+        # DeepSpeed may skip such a step in any precision, but only float16 has a loss scale that mends the next one.
+        if not math.isfinite(norm) and not engine.fp16_enabled():
+            not_finite = [(rank, i) for rank in range(self.world_size) for i in range(len(micro_batches))]
+        return Update(terms, norm, bool(engine.was_step_applied()), not_finite)
 
     def _update(self) -> float:
-        """Apply the gradients; their norm. Raises StudentError."""
+        """Apply the gradients; their norm, infinite where DeepSpeed did not apply them. Raises StudentError."""
         engine, norm = self.engine, None
         if engine.zero_optimization_stage() == 0:  # DeepSpeed does not measure it there
             gradients = [p.grad for p in engine.module.parameters() if p.grad is not None]
@@ -92,11 +95,8 @@ class Engine:
                 raise
             raise StudentError("float16 gradients overflow at the smallest loss scale: use bf16") from error
         if not engine.was_step_applied():
-            return math.inf  # a float16 gradient overflowed
-        norm = float(engine.get_global_grad_norm() if norm is None else norm)
-        if not math.isfinite(norm):
-            raise StudentError(f"the gradient is not finite (norm {norm}) although the loss is")
-        return norm
+            return math.inf
+        return float(engine.get_global_grad_norm() if norm is None else norm)
 
     def _not_finite(self, totals_MX: Tensor) -> list[tuple[int, int]]:
         bad_M = (~totals_MX.isfinite().all(-1)).to(torch.int32)

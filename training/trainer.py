@@ -1,5 +1,6 @@
 """One rank of `decant train`: build, step until the tokens are spent, evaluate, save."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -145,6 +146,8 @@ def _saved_on_errors(checkpoints: Checkpoints, cursor: Cursor) -> Iterator[None]
 
 
 def _refuse_rows(update: Update, step: Step) -> None:
-    """Raise on every rank, with the rows of the micro-batches whose loss was not finite."""
+    """Raise on every rank, with the rows of the micro-batches that brought a loss or a gradient that is not finite."""
     rows = sorted(prefix.row for rank, i in update.not_finite for prefix in step.dealt[rank][i])
-    raise AgreedError(f"the loss is not finite at step {step.cursor.step}; rows of the batch: {rows}")
+    is_gradient = all(map(math.isfinite, update.terms.values()))
+    what = "the gradient is not finite, although the loss is," if is_gradient else "the loss is not finite"
+    raise AgreedError(f"{what} at step {step.cursor.step}; rows of the batch: {rows}")

@@ -11,13 +11,14 @@ from safetensors.torch import load_file, save_file
 
 from logit_store import LogitStore
 from logit_store.errors import ConfigError, StudentError
-from tests.students import LLAMA, metrics, run_here, student_config
+from tests.students import LLAMA, StopAfter, metrics, run_here, student_config
 from training.config import LossConfig, StudentConfig, TrainConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import rank_batches
 from training.data.source import Source
 from training.engine import Engine, Update
 from training.engine_config import deepspeed_config
+from training.stop import AgreedError
 from training.students.models import build_student
 from training.students.student import Student
 
@@ -189,3 +190,29 @@ def test_a_loss_that_is_not_finite_names_its_rows_and_spares_the_weights(
     assert last["skipped"] == 1.0
     pointer = tmp_path / "run" / "checkpoint.json"
     assert not pointer.exists() or json.loads(pointer.read_text())["cursor"]["step"] == last["step"] - 1
+
+
+@pytest.mark.parametrize("user", [{}, *({**BF16, "zero_optimization": {"stage": stage}} for stage in (1, 2, 3)),
+                                  {"zero_optimization": {"stage": 2}}])  # fmt: skip
+def test_a_gradient_that_is_not_finite_names_the_rows_of_its_step(
+    store: LogitStore, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, user: dict[str, Any]
+) -> None:
+    """√0 is a number, and its slope is none."""
+
+    def steep(student: Student, batch: Any) -> Any:
+        sums: Any = forward(student, batch)
+        return sums._replace(loss=sums.loss + (sums.loss * 0).sqrt())
+
+    forward = Student.forward
+    (tmp_path / "ds.json").write_text(json.dumps(user))
+    config = student_config(tmp_path / "run", store.storage.root, deepspeed=str(tmp_path / "ds.json"))
+    assert not run_here(config, StopAfter(1))
+    monkeypatch.setattr(Student, "forward", steep)
+    with pytest.raises(AgreedError, match="the gradient is not finite, although the loss is, at step 2") as caught:
+        run_here(config)
+    rows = json.loads(str(caught.value).split("rows of the batch: ")[1])
+    assert rows
+    assert set(rows) <= set(store.rows("train").tolist())
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["step"], math.isfinite(last["loss"]), math.isfinite(last["gradient_norm"])) == (2, True, False)
+    assert json.loads((tmp_path / "run" / "checkpoint.json").read_text())["cursor"]["step"] == 1
