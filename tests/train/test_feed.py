@@ -1,6 +1,8 @@
 """Steps read ahead are the steps that the plan says, and what goes wrong in them is said at their turn."""
 
 import shutil
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +77,7 @@ def test_threads_change_nothing_of_a_step(made: LogitStore, ahead: int, threads:
             assert step.wait_s >= 0
             cursor, steps = step.cursor, steps + 1
         assert steps >= TOTAL // 90
-        assert not feed._ahead  # nothing is read beyond the run's end
+        assert [future.result() for future in feed._ahead] == [None] * ahead  # nothing is read beyond the run's end
 
 
 def walk(feed: Feed, cursor: Cursor, count: int) -> list[Step]:
@@ -106,6 +108,43 @@ def test_a_plan_that_waits_for_its_steps_is_not_read_ahead(made: LogitStore, mon
     with make_feed(made) as other:
         for ours, theirs in zip(steps, walk(other, Cursor(), 3), strict=True):
             assert_same(ours.batches, theirs.batches)
+
+
+def test_planning_goes_on_while_the_student_computes_and_counts_as_waiting(
+    made: LogitStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows with loss masks, and of those that are cut at boundaries, a plan reads the tokens."""
+    planned: list[tuple[int, str]] = []
+
+    def slow(plan: BatchPlan, cursor: Cursor) -> Any:
+        planned.append((cursor.step, threading.current_thread().name))
+        time.sleep(0.3)
+        return quick(plan, cursor)
+
+    quick = BatchPlan.next
+    monkeypatch.setattr(BatchPlan, "next", slow)
+    with make_feed(made, ahead=1) as feed:
+        first = feed.next(Cursor())
+        assert first.wait_s >= 0.3
+        feed._ahead[0].result()  # while the student computes
+        assert feed.next(first.cursor).wait_s < 0.3
+    assert [step for step, _ in planned][:2] == [0, 1]
+    assert all(thread.startswith("decant-plan") for _, thread in planned)
+
+
+def test_a_plan_that_cannot_be_made_is_said_at_its_step(made: LogitStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(plan: BatchPlan, cursor: Cursor) -> Any:
+        if cursor.step == 2:
+            raise CorruptError("its tokens")
+        return whole(plan, cursor)
+
+    whole = BatchPlan.next
+    monkeypatch.setattr(BatchPlan, "next", broken)
+    with make_feed(made, ahead=4) as feed:
+        second = walk(feed, Cursor(), 2)[-1]
+        for _ in range(2):
+            with pytest.raises(CorruptError, match="its tokens"):
+                feed.next(second.cursor)
 
 
 def test_a_damaged_shard_is_named_at_the_step_that_needs_it(made: LogitStore, tmp_path: Path) -> None:
