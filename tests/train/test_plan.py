@@ -90,6 +90,27 @@ def test_what_fits_is_planned(make: Make, changes: dict[str, Any]) -> None:
     assert len(make_plan(train_config(**changes), make(LENGTHS)).rows_N) == 120
 
 
+def masked_but_for(carrying: int, count: int, tokenizer: Path, folder: Path) -> Source:
+    """As many rows of 9 and of 33 tokens, whose last positions alone carry loss."""
+    rows = [
+        TokenRow(i, "train", np.arange(length, dtype=np.int32), np.arange(length - 1) >= length - 1 - carrying)
+        for i, length in enumerate([9, 33] * count)
+    ]
+    return Source.of(write_tokens(str(folder / "prompts"), tokenizer, [rows], num_shards=1))
+
+
+def test_what_carries_no_loss_does_not_fill_a_curriculum(
+    tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = masked_but_for(2, 100, tokenizer, tmp_path)  # the short rows have 800 positions, of which 200 count
+    config = train_config(curriculum=curriculum(8, 32, 700, mode="bucket"))
+    for sampled in (128, 10):
+        monkeypatch.setattr("training.curriculum.plan.NUM_SAMPLED", sampled)
+        with pytest.raises(ConfigError, match="all there are hold 200 positions that carry loss, and would be trained"):
+            make_plan(config, source)
+        assert make_plan(train_config(curriculum=curriculum(8, 32, 190, mode="bucket")), source)
+
+
 def test_empty_loss_masks_are_refused(make: Make) -> None:
     with pytest.raises(StoreError, match="no position carries loss within the first 31 of any row"):
         make_plan(train_config(), make(LENGTHS, mask=False))
