@@ -21,7 +21,7 @@ from training.curriculum.batches import Prefix
 from training.data.micro_batch import MicroBatch, collate
 from training.data.source import Source, mixed_order, open_source, row_shares
 from training.students.student import Student
-from training.watching.evaluation import figures, held_out_prefixes, tally, teacher_figures
+from training.watching.evaluation import figures, held_out_prefixes, kl_measure, tally, teacher_figures
 
 K = 8
 
@@ -90,6 +90,7 @@ def test_two_teachers_are_the_weighted_mean_of_their_losses(stores: dict[str, Lo
 def test_held_out_figures_of_two_teachers_are_weighted_means(stores: dict[str, LogitStore]) -> None:
     both = open_source(data("teachers", stores, a=3.0, b=1.0))
     student = tiny_student(LossConfig(alpha=0.7)).eval()
+    student.measure = kl_measure(both)
     prefixes = held_out_prefixes(both, None)
     together, a, b = (
         figures(tally(batch, student(batch)).numpy())
