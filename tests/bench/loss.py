@@ -1,19 +1,22 @@
 """Memory and time of a student's loss: cached labels beside cross-entropy and dense distillation.
 
     python -m tests.bench.loss              # measures, prints a table, writes docs/benchmarks/loss.csv
+    python -m tests.bench.loss memory       # one part; the rows of others stay
 
 `memory`: peak resident memory of a process of its own while a loss and its gradients are computed from hidden states
-and head, less what it held before. `loss`: the CPU time of the same. `step`: the time of forward and backward pass of a
-model whose head is not the whole cost. The ways of a part take turns, so that all see the same machine; ratios are
-medians over rounds of the ratio to `chunked ce`, the cross-entropy that one would write by hand.
+and head, less what it held right before: the gradients count, hidden states, head and labels do not. `chunked ce` is of
+the same dtype and the same chunks, and does not cast its logits to float32, as the others do. `loss`: the CPU time of
+the same. `step`: the time of forward and backward pass of a model whose head is not the whole cost. The ways of a part
+take turns, so that all see the same machine; ratios are medians over rounds of the ratio to `chunked ce`, the
+cross-entropy that one would write by hand.
 """
 
 import csv
-import resource
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,42 +24,66 @@ import numpy as np
 
 from tests.bench.machine import about
 
-K, HIDDEN = 64, 64
+K = 64
 RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "loss.csv"
 WAYS = ("chunked ce", "fused ce", "fused kd", "fused kd, T = 2", "fused jsd", "dense kd")
 LARGE, SMALL = 151_936, 32_768
-MEMORY = [("chunked ce", 8192), ("fused kd", 8192), ("fused ce", 8192), ("fused kd, T = 2", 8192), ("dense kd", 512)]
+HIDDEN = {"loss": 64, "step": 512, "memory": 1024}
+MEMORY = [
+    ("bfloat16", 8192, ("chunked ce", "fused kd, T = 2")),
+    ("bfloat16", 2048, ("chunked ce", "fused ce", "fused kd", "fused kd, T = 2")),
+    ("float32", 2048, ("chunked ce", "fused ce", "fused kd", "fused kd, T = 2")),
+]
+"""Dtype, positions, ways. The peak grows with positions by the gradient of hidden states alone; 8,192 are there to see
+that, in the dtype that trains."""
 ROUNDS = 5
+COLUMNS = ["part", "way", "vocabulary", "hidden", "dtype", "positions", "value", "unit", "of_chunked_ce", "k"]
 
 
-def main() -> None:
-    """Measure every case; memory each in its own process. The file is written after each part."""
-    rows: list[list[Any]] = []
-    for part, vocabulary, positions, works in (
-        ("loss", LARGE, 256, loss_works(LARGE, 256, WAYS)),
-        ("step", SMALL, 512, step_works(SMALL, 512, WAYS[:4])),
-    ):
-        for way, seconds, ratio in timed(works):
-            rows.append([part, way, vocabulary, positions, round(seconds, 4), "CPU s", round(ratio, 3)])
-            print(*rows[-1], flush=True)
-        write(rows)
-    plain = 0.0
-    for way, positions in MEMORY:
-        command = [sys.executable, "-m", "tests.bench.loss", way, str(positions)]
-        mebibytes = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-        plain = plain or mebibytes
-        of_plain = round(mebibytes / plain, 3) if positions == MEMORY[0][1] else ""
-        rows.append(["memory", way, LARGE, positions, round(mebibytes), "MiB", of_plain])
-        print(*rows[-1], flush=True)
-        write(rows)
+def main(parts: Sequence[str]) -> None:
+    """Measure the parts. The file is written after each."""
+    for part in parts:
+        replace(part, list(measure_memory() if part == "memory" else measure_time(part)))
 
 
-def write(rows: list[list[Any]]) -> None:
-    """The results so far."""
+def measure_time(part: str) -> Iterator[list[Any]]:
+    """Rows of `loss` or `step`."""
+    vocabulary, positions = (LARGE, 256) if part == "loss" else (SMALL, 512)
+    works = loss_works(vocabulary, positions, WAYS) if part == "loss" else step_works(vocabulary, positions, WAYS[:4])
+    for way, seconds, ratio in timed(works):
+        figures = [round(seconds, 4), "CPU s", round(ratio, 3)]
+        yield shown([part, way, vocabulary, HIDDEN[part], "float32", positions, *figures])
+
+
+def measure_memory() -> Iterator[list[Any]]:
+    """Rows of `memory`, each measured in a process of its own; the first way is what the others are compared with."""
+    for dtype, positions, ways in MEMORY:
+        plain = 0.0
+        for way in ways:
+            command = [sys.executable, "-m", "tests.bench.loss", "memory of", way, dtype, str(positions)]
+            mebibytes = float(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.split()[-1])
+            plain = plain or mebibytes
+            of_plain = round(mebibytes / plain, 3)
+            yield shown(["memory", way, LARGE, HIDDEN["memory"], dtype, positions, round(mebibytes), "MiB", of_plain])
+
+
+def shown(row: list[Any]) -> list[Any]:
+    """The row, printed."""
+    print(*row, flush=True)
+    return row
+
+
+def replace(part: str, rows: list[list[Any]]) -> None:
+    """Put a part's rows into the file, in place of those that it has."""
     stamp = about("torch", "transformers")
+    others: list[list[Any]] = []
+    if RESULT.exists():
+        with open(RESULT, newline="") as file:
+            others = [row for row in csv.reader(file) if row[0] not in ("part", part)]
     with open(RESULT, "w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["part", "way", "vocabulary", "positions", "value", "unit", "of_chunked_ce", "k", *stamp])
+        writer.writerow([*COLUMNS, *stamp])
+        writer.writerows(others)
         writer.writerows([*row, K, *stamp.values()] for row in rows)
 
 
@@ -73,12 +100,14 @@ def timed(works: dict[str, Callable[[], Any]]) -> list[tuple[str, float, float]]
     return list(zip(works, np.median(seconds_RW, 0), np.median(ratios_RW, 0), strict=True))
 
 
-def loss_works(vocabulary: int, positions: int, ways: tuple[str, ...]) -> dict[str, Callable[[], Any]]:
+def loss_works(
+    vocabulary: int, positions: int, ways: tuple[str, ...], hidden_size: int = HIDDEN["loss"], dtype: str = "float32"
+) -> dict[str, Callable[[], Any]]:
     """The loss and its gradients by each way, from random hidden states and a random head."""
     import torch
 
-    hidden_ND = torch.randn(positions, HIDDEN, requires_grad=True)
-    weight_WD = (torch.randn(vocabulary, HIDDEN) * 0.1).requires_grad_()
+    hidden_ND = torch.randn(positions, hidden_size, dtype=getattr(torch, dtype)).requires_grad_()
+    weight_WD = torch.randn(vocabulary, hidden_size, dtype=getattr(torch, dtype)).mul_(0.1).requires_grad_()
     targets, next_ids_N = labels(vocabulary, positions)
 
     def work(way: str) -> Callable[[], Any]:
@@ -97,8 +126,9 @@ def step_works(vocabulary: int, positions: int, ways: tuple[str, ...]) -> dict[s
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     config = Qwen3Config(
-        vocab_size=vocabulary, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8,
-        num_key_value_heads=4, head_dim=64, max_position_embeddings=positions, tie_word_embeddings=True,
+        vocab_size=vocabulary, hidden_size=HIDDEN["step"], intermediate_size=1536, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=4, head_dim=64, max_position_embeddings=positions,
+        tie_word_embeddings=True,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
     targets, next_ids_N = labels(vocabulary, positions)
@@ -161,16 +191,26 @@ def loss_of(way: str, hidden_ND: Any, weight_WD: Any, next_ids_N: Any, targets: 
     return linear_losses(hidden_ND, weight_WD, None, lambda x: x, next_ids_N, teachers, objective)[0]
 
 
-def peak_mebibytes(way: str, positions: int) -> float:
-    """Peak MiB above the start."""
-    work = loss_works(LARGE, positions, (way,))[way]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def peak_mebibytes(way: str, dtype: str, positions: int) -> float:
+    """Peak MiB above what the process held when the loss began. Linux alone: the kernel is asked to forget the peak of
+    before, in which labels were made."""
+    loss_works(1024, 2, (way,))[way]()  # what torch loads on first use is no part of the loss
+    work = loss_works(LARGE, positions, (way,), HIDDEN["memory"], dtype)[way]
+    Path("/proc/self/clear_refs").write_text("5")
+    before = of_status("VmRSS")
     work()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return of_status("VmHWM") - before
+
+
+def of_status(field: str) -> float:
+    """A field of the kernel's about this process, in MiB."""
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"no {field} in /proc/self/status"
+    return int(found[1]) / 1024
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 3:
-        print(peak_mebibytes(sys.argv[1], int(sys.argv[2])))
+    if sys.argv[1:2] == ["memory of"]:
+        print(peak_mebibytes(sys.argv[2], sys.argv[3], int(sys.argv[4])))
     else:
-        main()
+        main(sys.argv[1:] or ("loss", "step", "memory"))

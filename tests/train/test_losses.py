@@ -1,5 +1,6 @@
 """Every loss on sparse labels, through the fused path, against plain dense float64 code."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.bench.loss import labels, loss_of
 from training.losses import LEGAL_TAILS, LossSums, Objective, SparseTargets, WeightedTargets, linear_losses, soft_losses
 from training.losses.divergences import jsd, reverse_kl
+from training.losses.fused import BLOCK_BYTES, CHUNK_BYTES
 
 N, V, W, D = 9, 23, 29, 6
 FORCED = (2, 11)
@@ -261,6 +264,44 @@ def test_low_precision_is_as_near_to_the_truth_as_dense_code_of_the_same_dtype(d
         assert a.dtype == dtype
         error, other = ((x.double() / 1024 - expected).norm() / expected.norm() for x in (a, b))
         assert error < max(2 * other, 1e-3), (error, other)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_memory_is_that_of_a_chunked_cross_entropy(
+    dtype: torch.dtype, temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(CHUNK_BYTES, "cpu", 2**18)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 2**18)
+    hidden_ND, weight_WD = torch.randn(64, 256).to(dtype), torch.randn(4096, 256).to(dtype)
+    targets, next_ids_N = labels(4096, 64)
+
+    def peak(way: str) -> int:
+        hidden, weight = hidden_ND.clone().requires_grad_(), weight_WD.clone().requires_grad_()
+        return allocated(lambda: loss_of(way, hidden, weight, next_ids_N, targets).backward())
+
+    way = "fused kd" if temperature == 1.0 else "fused kd, T = 2"
+    assert peak(way) <= 1.1 * peak("chunked ce")
+
+
+def allocated(work: Callable[[], None]) -> int:
+    """Most bytes that were allocated at once, temporaries inside of torch's operators included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    changes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_blocks_of_the_heads_gradient_change_nothing(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = make_problem()
+    low = problem._replace(
+        **{name: getattr(problem, name).detach().to(dtype).requires_grad_() for name in problem._fields[:3]}
+    )
+    whole = gradients(fused(low, Objective(V)).loss, low)
+    monkeypatch.setitem(BLOCK_BYTES, "cpu", 3 * 4 * low.weight_WD.shape[1])
+    for a, b in zip(gradients(fused(low, Objective(V)).loss, low), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
 def test_a_frozen_head_gets_no_gradient_and_a_second_backward_is_refused() -> None:

@@ -6,7 +6,13 @@ Gradients are computed in the forward pass (as in Liger-Kernel, arXiv 2410.10989
 the gradient of the loss by them, which is multiplied into those of hidden states and head right away. Nothing is
 computed twice, and the backward pass only scales what is there.
 
-Shapes: N positions, C of a chunk, D hidden, W student rows, E entries.
+The head's gradient is summed over chunks in float32 whatever the head's dtype: in bfloat16, as plain autograd sums it,
+a sum of many chunks keeps two digits. For a head of half precision that is twice the head's bytes, and three times with
+the result: no more than autograd takes (the sum so far, a chunk's part, and the two added), since the sum is held in
+blocks of rows. A chunk's part exists for one block at a time, and a block is freed once it is in the result. Two times
+would be possible with a sum in half precision and its remainder, for more work per chunk and, in float16, less range.
+
+Shapes: N positions, C of a chunk, D hidden, W student rows, R rows of a block, E entries.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,6 +28,11 @@ CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits of a chunk: at V = 151,936 they are of 110 positions on a CPU, and of 883 on a GPU, where the head's
 gradient is read and written once per chunk and small products leave most of it idle. One such buffer is held at T = 1,
 two at others."""
+
+BLOCK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
+"""Float32 gradient of a block of the head's rows, where the head is of half precision. 4,096 rows at D = 1,024 on a CPU
+(its cache then holds a chunk's part until it is added: forward and backward of the loss take 0.6 to 0.75 of the time
+with 64 MiB), and 8,192 rows at D = 4,096 on a GPU, which should fill it (not measured)."""
 
 Finish = Callable[[Tensor], Tensor]
 """What a model does to its head's logits [C, W] afterwards: soft-capping, a scale. Returns its argument if nothing."""
@@ -52,7 +63,11 @@ def linear_losses(
 
 def default_chunk(weight_WD: Tensor) -> int:
     """Positions whose float32 logits fit in ``CHUNK_BYTES``; at least one."""
-    return max(1, CHUNK_BYTES.get(weight_WD.device.type, CHUNK_BYTES["cuda"]) // (4 * len(weight_WD)))
+    return _rows_within(CHUNK_BYTES, weight_WD.device, len(weight_WD))
+
+
+def _rows_within(num_bytes: dict[str, int], device: torch.device, width: int) -> int:
+    return max(1, num_bytes.get(device.type, num_bytes["cuda"]) // (4 * width))
 
 
 class _Work(NamedTuple):
@@ -72,32 +87,77 @@ class _LinearLosses(torch.autograd.Function):
         with_gradients: bool,
     ) -> Tensor:  # fmt: skip
         wide = torch.promote_types(weight_WD.dtype, torch.float32)
-        leaves = (hidden_ND, weight_WD, bias_W, temperature)
         wanted = [with_gradients and needed for needed in ctx.needs_input_grad[:4]]
         # A sum over many chunks is kept wide; a row of hidden_ND is written once.
-        dtypes = (hidden_ND.dtype, wide, wide, wide)
-        gradients = [
-            torch.zeros_like(leaf, dtype=dtype) if is_wanted and leaf is not None else None
-            for leaf, dtype, is_wanted in zip(leaves, dtypes, wanted, strict=True)
-        ]
+        gradients = _Gradients(
+            torch.zeros_like(hidden_ND) if wanted[0] else None,
+            _row_blocks(weight_WD, wide) if wanted[1] else [],
+            torch.zeros_like(bias_W, dtype=wide) if wanted[2] and bias_W is not None else None,
+            torch.zeros_like(temperature, dtype=wide) if wanted[3] and temperature is not None else None,
+        )
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=hidden_ND.device)
         for start in range(0, len(hidden_ND), work.chunk):
             at = slice(start, start + work.chunk)
             logits_CW, through = _logits(hidden_ND[at], weight_WD, bias_W, work.finish, any(wanted))
-            sums += _chunk(logits_CW, at, work, gradients[3], any(wanted))
+            sums += _chunk(logits_CW, at, work, gradients.temperature, any(wanted))
             if any(wanted):
                 gradient_CW = through(logits_CW).to(weight_WD.dtype)
+                del logits_CW, through  # the next products need their room
                 _multiply_in(gradient_CW, hidden_ND[at], weight_WD, at, gradients)
-        ctx.save_for_backward(*gradients)
-        ctx.dtypes = [leaf is not None and leaf.dtype for leaf in leaves]
+        ctx.save_for_backward(gradients.hidden_ND, gradients.bias_W, gradients.temperature, *gradients.weight_blocks)
+        ctx.dtypes = weight_WD.dtype, bias_W is not None and bias_W.dtype, temperature is not None and temperature.dtype
         return sums.to(wide)
 
     @staticmethod
     def backward(ctx: Any, grad_sums: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second pass through the same graph is refused by autograd, since what was saved has changed.
         scaled = [g if g is None else g.mul_(grad_sums[0]) for g in ctx.saved_tensors]
-        typed = [g if g is None else g.to(dtype) for g, dtype in zip(scaled, ctx.dtypes, strict=True)]
-        return *typed, None, None
+        hidden_ND, bias_W, temperature, *weight_blocks = scaled
+        of_weight, of_bias, of_temperature = ctx.dtypes
+        return (
+            hidden_ND,
+            _joined(weight_blocks, of_weight) if weight_blocks else None,
+            bias_W if bias_W is None else bias_W.to(of_bias),
+            temperature if temperature is None else temperature.to(of_temperature),
+            None,
+            None,
+        )
+
+
+class _Gradients(NamedTuple):
+    """Sums so far; None, or no blocks, of what is not wanted."""
+
+    hidden_ND: Tensor | None
+    weight_blocks: list[Tensor]
+    """[R, D] each; see `_row_blocks`."""
+    bias_W: Tensor | None
+    temperature: Tensor | None
+
+
+def _row_blocks(weight_WD: Tensor, wide: torch.dtype) -> list[Tensor]:
+    """Zeros for the gradient of a head, in blocks of rows, each with memory of its own.
+
+    A head as wide as the sums has one block, which is the result itself.
+    """
+    hidden_size = weight_WD.shape[1]
+    if weight_WD.dtype == wide:
+        return [torch.zeros_like(weight_WD)]
+    return [
+        torch.zeros(len(rows_RD), hidden_size, dtype=wide, device=weight_WD.device)
+        for rows_RD in weight_WD.split(_rows_within(BLOCK_BYTES, weight_WD.device, hidden_size))
+    ]
+
+
+def _joined(blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """The blocks as one tensor [W, D]; those that had to be cast are freed one by one."""
+    if blocks[0].dtype == dtype:
+        return blocks[0]
+    num_rows = sum(map(len, blocks))
+    joined_WD = torch.empty(num_rows, blocks[0].shape[1], dtype=dtype, device=blocks[0].device)
+    for rows_RD, block_RD in zip(joined_WD.split(len(blocks[0])), blocks, strict=True):
+        rows_RD.copy_(block_RD)
+        block_RD.untyped_storage().resize_(0)  # autograd still holds the tensor
+    return joined_WD
 
 
 def _logits(
@@ -200,17 +260,17 @@ def _rest(exp_CW: Tensor, largest_C1: Tensor, temperature: float) -> _Rest:
     return _Rest(exp_CW, sum_C1, (sum_C1.log() + largest_C1)[:, 0], temperature, None)
 
 
-def _multiply_in(
-    gradient_CW: Tensor, hidden_CD: Tensor, weight_WD: Tensor, at: slice, gradients: Sequence[Tensor | None]
-) -> None:
+def _multiply_in(gradient_CW: Tensor, hidden_CD: Tensor, weight_WD: Tensor, at: slice, gradients: _Gradients) -> None:
     """Add a chunk's part to the gradients of hidden states, weight and bias."""
-    hidden_ND, of_weight_WD, of_bias_W, _ = gradients
-    if hidden_ND is not None:
-        torch.mm(gradient_CW, weight_WD, out=hidden_ND[at])
-    if of_weight_WD is not None:
-        if of_weight_WD.dtype == gradient_CW.dtype:
-            of_weight_WD.addmm_(gradient_CW.T, hidden_CD)
+    if gradients.hidden_ND is not None:
+        torch.mm(gradient_CW, weight_WD, out=gradients.hidden_ND[at])
+    row = 0
+    for block_RD in gradients.weight_blocks:
+        gradient_RC = gradient_CW[:, row : row + len(block_RD)].T
+        if block_RD.dtype == gradient_RC.dtype:
+            block_RD.addmm_(gradient_RC, hidden_CD)
         else:
-            of_weight_WD += gradient_CW.T @ hidden_CD
-    if of_bias_W is not None:
-        of_bias_W += gradient_CW.sum(0, dtype=of_bias_W.dtype)
+            block_RD += gradient_RC @ hidden_CD
+        row += len(block_RD)
+    if gradients.bias_W is not None:
+        gradients.bias_W.add_(gradient_CW.sum(0, dtype=gradients.bias_W.dtype))
