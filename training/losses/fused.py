@@ -31,7 +31,7 @@ two at others."""
 
 BLOCK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 """Float32 gradient of a block of the head's rows, where the head is of half precision. 4,096 rows at D = 1,024 on a CPU
-(its cache then holds a chunk's part until it is added: forward and backward of the loss take 0.6 to 0.75 of the time
+(its cache then holds a chunk's part until it is added: forward and backward of the loss take 0.6 to 0.8 of the time
 with 64 MiB), and 8,192 rows at D = 4,096 on a GPU, which should fill it (not measured)."""
 
 Finish = Callable[[Tensor], Tensor]
