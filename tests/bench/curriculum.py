@@ -5,6 +5,8 @@
 
 Each variant is `decant train configs/demo/student-small.yaml` with overrides, once per seed, the variants in turn, so
 that all of them meet the machine's moods. Seconds are those of the steps alone. Held-out rows are whole in all of them.
+Variants of "pieces" read a second store, of the same text cut into powers of two: its held-out rows are shorter, and
+their losses compare with each other alone.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from tests.toy import ROOT, run_decant
 
 CONFIG = ROOT / "configs/demo/student-small.yaml"
 RESULT = ROOT / "docs/benchmarks/curriculum.csv"
+PIECES = "runs/demo/store-pieces"
 HALF = "{}.schedule_config.total_curriculum_tokens={}"
 
 
@@ -31,6 +34,10 @@ def variants(tokens: int) -> dict[str, list[str]]:
     easy = ["row_curriculum.min_difficulty=20", HALF.format("row_curriculum", tokens // 2)]
     paced = [half, "curriculum.pacing.max_volatility=0.25", "curriculum.pacing.window_steps=20"]
     cycles = [f"curriculum.cycle_tokens={tokens // 4}", "curriculum.cycles=4"]
+    # A row of 256 tokens has 255 positions.
+    whole = [half, "curriculum.mode=bucket", "curriculum.max_difficulty=255",
+             "curriculum.schedule_config.difficulty_step=1"]  # fmt: skip
+    pieces = [f"data.store={PIECES}"]
     return {
         "none": ["curriculum=null"],
         "prefix, linear": [half],
@@ -40,6 +47,8 @@ def variants(tokens: int) -> dict[str, list[str]]:
         "prefix, paced": paced,
         "easy rows first (loss)": ["curriculum=null", *easy],
         "prefix and easy rows first": [half, *easy],
+        "pieces, none": [*pieces, "curriculum=null"],
+        "pieces, bucket": [*pieces, *whole],
     }
 
 
@@ -51,6 +60,9 @@ def main() -> None:
     arguments = parser.parse_args()
     if not (ROOT / "runs/demo/store/manifest.json").exists():
         parser.error("runs/demo/store is not there: run `make demo` first")
+    cut = ["tokens.pieces=powers_of_two", "tokens.path=runs/demo/tokens-pieces", f"store.path={PIECES}"]
+    for verb in ("tokenize", "cache"):
+        run_decant(verb, str(ROOT / "configs/demo/cache.yaml"), *cut)
     found: dict[str, list[dict[str, float]]] = {name: [] for name in variants(arguments.tokens)}
     with tempfile.TemporaryDirectory(prefix="curriculum") as folder:
         for seed in range(arguments.seeds):
