@@ -34,9 +34,9 @@ def variants(tokens: int) -> dict[str, list[str]]:
     easy = ["row_curriculum.min_difficulty=20", HALF.format("row_curriculum", tokens // 2)]
     paced = [half, "curriculum.pacing.max_volatility=0.25", "curriculum.pacing.window_steps=20"]
     cycles = [f"curriculum.cycle_tokens={tokens // 4}", "curriculum.cycles=4"]
-    # A row of 256 tokens has 255 positions.
-    whole = [half, "curriculum.mode=bucket", "curriculum.max_difficulty=255",
-             "curriculum.schedule_config.difficulty_step=1"]  # fmt: skip
+    # A row of 256 tokens has 255 positions. The demo's documents are long: shorter pieces hold 13,000 positions in all.
+    whole = [HALF.format("curriculum", tokens // 32), "curriculum.mode=bucket", "curriculum.min_difficulty=127",
+             "curriculum.max_difficulty=255", "curriculum.schedule_config.difficulty_step=1"]  # fmt: skip
     pieces = [f"data.store={PIECES}"]
     return {
         "none": ["curriculum=null"],
