@@ -68,9 +68,13 @@ class Placed:
         return list(ray.util.placement_group_table(ray.util.get_current_placement_group())["bundles"].values())
 
 
+FAILS_IN = 12
+"""Calls of storage of which one fails."""
+
+
 class FlakyFileSystem(DirFileSystem):
-    """A remote file system, as far as anybody can see (`flaky://PATH`), that fails one call in six, never three times
-    in a row.
+    """A remote file system, as far as anybody can see (`flaky://PATH`). One call in ``FAILS_IN`` fails, never three in
+    a row.
 
     Errors, time-outs, and the worst: a write that was carried out, and said to have failed.
     """
@@ -87,10 +91,10 @@ class FlakyFileSystem(DirFileSystem):
     def _fail(self) -> None:
         with self._lock:
             drawn = self._random.random() if self._failures < 2 else 1.0
-            self._failures = self._failures + 1 if drawn < 1 / 6 else 0
-        if drawn < 1 / 12:
+            self._failures = self._failures + 1 if drawn < 1 / FAILS_IN else 0
+        if drawn < 0.5 / FAILS_IN:
             raise TimeoutError("the object store did not answer")
-        if drawn < 1 / 6:
+        if drawn < 1 / FAILS_IN:
             raise OSError(errno.EIO, "503 Slow Down")
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_options: Any) -> None:

@@ -55,7 +55,7 @@ class StopAfter(StopRequest):
         self._asked = iter([False] * steps)
 
     @property
-    def asked(self) -> bool:  # type: ignore[override]
+    def asked(self) -> bool:
         return next(self._asked, True)
 
 

@@ -38,7 +38,8 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
         return 0
     for warning in prepared.warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    code = _on_ray(config) if config.launcher.kind == "ray" else _on_this_machine(config, config_path, overrides, run)
+    on_ray = config.launcher.kind == "ray"
+    code = _on_ray(config, run) if on_ray else _on_this_machine(config, config_path, overrides, run)
     if code == 0 and (result := run.result()) is not None:
         print(
             f"{config.run.path}: held-out loss {result['held_out']['loss']:.4f} after {result['tokens']:,} tokens "
@@ -47,10 +48,12 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
     return code
 
 
-def _on_ray(config: TrainConfig) -> int:
+def _on_ray(config: TrainConfig, run: "RunFolder") -> int:
     from training.ray_train import run_on_ray
 
     run_on_ray(config)
+    if run.result() is None:
+        print("decant train: stopped, and saved: the same command goes on from there", file=sys.stderr)
     return 0
 
 

@@ -10,13 +10,15 @@ from typing import Any
 from logit_store.config import dump_config
 from logit_store.errors import ConfigError, DecantError, StudentError
 from training.config import TrainConfig
+from training.stop import StopRequest
 
 
 def run_on_ray(config: TrainConfig) -> None:
     """Run the ranks on the cluster at `launcher.address`; a worker that dies is replaced `launcher.restarts` times.
 
     Checkpoints are the run's own, in `run.path`, which all nodes share: Ray keeps none. What starts again goes on from
-    the newest. Raises ConfigError: no cluster answers, or it has no room. StudentError: the run failed.
+    the newest. On SIGTERM the ranks find a note there, save and end.
+    Raises ConfigError: no cluster answers, or it has no room. StudentError: the run failed.
     """
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -26,18 +28,21 @@ def run_on_ray(config: TrainConfig) -> None:
     config = with_absolute_paths(config)
     launcher = config.launcher
     assert launcher.ranks is not None
-    notes = Path(config.run.path) / ".ray"  # Ray's own: what it asks for, although it keeps no checkpoint
+    notes = Path(config.run.path) / ".ray"  # what Ray asks for, although it keeps no checkpoint; and the note to stop
+    stop = notes / "stop"
     try:
         ray.init(launcher.address, runtime_env={"py_modules": _own_packages()}, logging_level="WARNING")
     except (ConnectionError, RuntimeError, ValueError) as error:
         why = " ".join(str(error).split())
         raise ConfigError(f"no Ray cluster answers at launcher.address {launcher.address!r}: {why}") from error
     try:
+        notes.mkdir(parents=True, exist_ok=True)
+        stop.unlink(missing_ok=True)  # of a driver that was killed
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
         _check_room(launcher.ranks, "GPU" if use_gpu else "CPU", ray.cluster_resources())
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"config": dump_config(config)},
+            train_loop_config={"config": dump_config(config), "stop": str(stop)},
             scaling_config=ScalingConfig(num_workers=launcher.ranks, use_gpu=use_gpu),
             run_config=RunConfig(
                 name="ray-train",
@@ -45,7 +50,8 @@ def run_on_ray(config: TrainConfig) -> None:
                 failure_config=FailureConfig(max_failures=launcher.restarts),
             ),
         )
-        trainer.fit()
+        with StopRequest(stop):  # after Ray, which takes the signal for itself when it begins
+            trainer.fit()
     except TrainingFailedError as error:
         raise StudentError(reason(error)) from error
     finally:
@@ -79,13 +85,15 @@ def _rank(loop: dict[str, Any]) -> None:
     import yaml
 
     from logit_store.config import parse_config
-    from training.stop import StopRequest
     from training.trainer import train
 
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    train(parse_config(TrainConfig, yaml.safe_load(loop["config"]), "the driver's config"), StopRequest())
+    train(
+        parse_config(TrainConfig, yaml.safe_load(loop["config"]), "the driver's config"),
+        StopRequest(Path(loop["stop"])),
+    )
 
 
 def _check_room(ranks: int, resource: str, have: dict[str, float]) -> None:

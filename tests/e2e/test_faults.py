@@ -21,7 +21,7 @@ from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError
 from tests import faulty
 from tests.faulty import DEADLY, NO_DISTRIBUTION, NOT_A_NUMBER
-from tests.toy import write_tokens, write_yaml
+from tests.toy import in_process_workers, write_tokens, write_yaml
 
 DEADLY_ROW, NAN_ROW, WRONG_ROW = 13, 30, 31
 
@@ -115,7 +115,7 @@ def test_a_machine_that_cannot_score_ends_the_job(config: CacheConfig) -> None:
 
 
 @pytest.mark.usefixtures("local_cluster")
-def test_storage_that_fails_one_call_in_six(config: CacheConfig, tmp_path: Path, tokens: TokenStore) -> None:
+def test_storage_that_fails_one_call_in_twelve(config: CacheConfig, tmp_path: Path, tokens: TokenStore) -> None:
     """Workers that give up at the first failure, so that the schedule has to deal with it; tokens are remote too."""
     raw = config.model_dump() | {"store": {"path": f"flaky://{tmp_path}/remote"}}
     raw["tokens"] |= {"path": f"flaky://{tokens.storage.root}"}
@@ -126,7 +126,8 @@ def test_storage_that_fails_one_call_in_six(config: CacheConfig, tmp_path: Path,
     assert len(remote) == len(tokens)
     assert decant.main(["verify", f"{tmp_path}/remote"]) == 0
     raw["store"] = {"path": str(tmp_path / "quiet")}
-    quiet = cache(parse_config(CacheConfig, raw, "quiet"), TeacherWorker)
+    with in_process_workers():
+        quiet = cache(parse_config(CacheConfig, raw, "quiet"), TeacherWorker)
     for shard in range(len(quiet.shards)):
         name = quiet.shard_name(shard)
         assert quiet.storage.read(name) == Storage(f"{tmp_path}/remote").read(name)

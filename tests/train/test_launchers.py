@@ -75,7 +75,9 @@ def test_deepspeed_on_two_machines(store: LogitStore, quiet: Path, tmp_path: Pat
     assert_same_run(tmp_path / "run", quiet, 1e-5)
 
 
-def test_ray_train_goes_on_when_a_worker_dies(store: LogitStore, quiet: Path, tmp_path: Path) -> None:
+def test_ray_train_goes_on_when_a_worker_dies_and_stops_when_asked(
+    store: LogitStore, quiet: Path, tmp_path: Path
+) -> None:
     folder, surroundings = tmp_path / "run", {**environment(), **token_environment(), "OMP_NUM_THREADS": "1"}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         surroundings.pop(name, None)
@@ -97,13 +99,15 @@ def test_ray_train_goes_on_when_a_worker_dies(store: LogitStore, quiet: Path, tm
             victims = ranks_of(surroundings["RAY_AUTH_TOKEN"])
             assert len(victims) == 2
             victims[1].send_signal(signal.SIGKILL)
+            driver.terminate()  # the ranks find the note when they have been started again
             assert driver.wait(timeout=300) == 0, log.read_text()
         finally:
             driver.kill()
             driver.wait()
     assert not any(victim.is_running() for victim in victims), "both ranks were started again"
-    assert "model in" in log.read_text()
+    assert "stopped, and saved: the same command goes on" in log.read_text()
     assert not (folder / ".ray").exists()
+    assert run_here(make_config(folder, store))  # on one rank
     assert_same_run(folder, quiet, 1e-5)
 
 
