@@ -10,6 +10,7 @@ from typing import Any
 from logit_store.config import dump_config
 from logit_store.errors import ConfigError, DecantError, StudentError
 from training.config import TrainConfig
+from training.run_folder import writing
 from training.stop import StopRequest
 
 
@@ -36,8 +37,9 @@ def run_on_ray(config: TrainConfig) -> None:
         why = " ".join(str(error).split())
         raise ConfigError(f"no Ray cluster answers at launcher.address {launcher.address!r}: {why}") from error
     try:
-        notes.mkdir(parents=True, exist_ok=True)
-        stop.unlink(missing_ok=True)  # of a driver that was killed
+        with writing(notes):
+            notes.mkdir(parents=True, exist_ok=True)
+            stop.unlink(missing_ok=True)  # of a driver that was killed
         use_gpu = ray.cluster_resources().get("GPU", 0) > 0
         _check_room(launcher.ranks, "GPU" if use_gpu else "CPU", ray.cluster_resources())
         trainer = TorchTrainer(

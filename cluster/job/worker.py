@@ -51,14 +51,13 @@ class TeacherWorker:
 
     def load_teacher(self) -> "Teacher":
         """The configured teacher."""
-        if not self.config.cluster.gpus_per_worker:
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray hides GPUs only from those that reserve others
         import torch
 
         from cluster.teachers.targets import Selector
         from cluster.teachers.teacher import build_teacher
 
         if not self.config.cluster.gpus_per_worker:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # Ray does not hide GPUs; torch looks at them on first use
             torch.set_num_threads(self.config.cluster.cpus_per_worker)
         selector = Selector(self.config.targets, self.header["vocabulary_size"], self.header["labels_id"])
         longest, on_gpu = int(self.tokens.lengths_N.max()), self.config.cluster.gpus_per_worker > 0
