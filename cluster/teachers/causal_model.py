@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cluster.config import TeacherConfig
 from cluster.memory import is_out_of_memory
@@ -64,7 +65,34 @@ def load_model(folder: Path, config: TeacherConfig, device: str) -> Any:
         raise TeacherError(f"the teacher in {folder} cannot be loaded: {_one_line(error)}{hint}") from error
     if loading["missing_keys"]:
         raise TeacherError(f"{folder} lacks weights of the model: {', '.join(sorted(loading['missing_keys'])[:3])}, …")
-    return (model if "device_map" in options else model.to(device)).eval()
+    model = (model if "device_map" in options else model.to(device)).eval()
+    widen_head(model.get_output_embeddings())
+    return model
+
+
+def widen_head(head: torch.nn.Module) -> None:
+    """Make a linear ``head`` of half precision give float32 logits, as vLLM's does here.
+
+    In bfloat16 a logit between 16 and 32 is rounded to the next eighth: more than the store's codec may cost, and one
+    in seven of the first eight ids ties with its neighbour. A GPU sums the products in float32 anyway, and leaves them
+    there for nothing; a CPU keeps a float32 copy of the weights. Heads of other classes are left as they are.
+    """
+    if type(head) is not torch.nn.Linear or head.weight.dtype not in (torch.bfloat16, torch.float16):
+        return
+    if head.weight.device.type == "cpu":  # of its own: an embedding that is tied to it stays half
+        head.weight = torch.nn.Parameter(head.weight.float(), requires_grad=False)
+
+    def forward(hidden_XD: Tensor) -> Tensor:
+        weight_WD, bias_W = head.weight, head.bias
+        if hidden_XD.is_cuda:
+            logits_NW = torch.mm(hidden_XD.flatten(0, -2), weight_WD.T, out_dtype=torch.float32)
+            logits_XW = logits_NW.unflatten(0, hidden_XD.shape[:-1])
+        else:
+            logits_XW = torch.nn.functional.linear(hidden_XD.float(), weight_WD.float())
+        return logits_XW if bias_W is None else logits_XW + bias_W
+
+    # accelerate's hook, where weights are kept elsewhere between uses, calls the forward that it found.
+    setattr(head, "_old_forward" if hasattr(head, "_hf_hook") else "forward", forward)
 
 
 def _options(config: TeacherConfig, device: str) -> dict[str, Any]:

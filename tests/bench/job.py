@@ -2,23 +2,22 @@
 
     python -m tests.bench.job        # prints the shares of the phases, writes docs/benchmarks/job.csv
 
-One worker with two threads labels random rows with the teacher of tests/bench/teacher.py (110M parameters, V = 32,768,
-rows of 512 tokens, k = 64) and writes them. The bare pass is the decoder, and one matrix product of all hidden states
-with the LM head, over the same batches. It runs in the same worker, before or after each shard in turns, so that what
-slows the machine down slows both. A shard's ratio is the seconds of its bare pass over all others between its end and
-that of the shard before; how long processes take to start is no matter of speed in a job of days.
+One worker with two threads (a GPU, where there is one: job-gpu.csv) labels random rows with the teacher of
+tests/bench/teacher.py (k = 64) and writes them. The bare pass is the decoder, and one matrix product of all hidden
+states with the LM head, over the same batches. It runs in the same worker, before or after each shard in turns, so that
+what slows the machine down slows both. A shard's ratio is the seconds of its bare pass over all others between its end
+and that of the shard before; how long processes take to start is no matter of speed in a job of days.
 """
 
 import csv
 import json
 import statistics
 import tempfile
-from itertools import pairwise
+from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from cluster.cache import cache
 from cluster.config import CacheConfig
@@ -28,11 +27,11 @@ from cluster.teachers.transformers_teacher import TransformersTeacher, equal_len
 from logit_store import Targets, TokenRow
 from logit_store.config import parse_config
 from tests.bench import teacher as bench
-from tests.bench.machine import about
+from tests.bench.machine import about, device, result_path, settled
 from tests.toy import write_tokens
 
-RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "job.csv"
-SHARDS, ROWS, BATCH_ROWS, THREADS = 25, 4, 2, 2
+SIZE = bench.SIZE
+SHARDS, BATCHES, THREADS = 25, 2, 2
 
 
 class TwofoldTeacher(TransformersTeacher):
@@ -49,12 +48,11 @@ class TwofoldTeacher(TransformersTeacher):
             self._bare(rows)
         return targets
 
-    @torch.inference_mode()
     def _bare(self, rows: list[np.ndarray]) -> None:
         with self.phases.measure("bare"):
             for members in equal_length_batches([len(row) for row in rows], self.batch_tokens):
-                ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64))
-                self.model.lm_head(self.decoder(input_ids=ids_BT, use_cache=False).last_hidden_state)
+                bench.bare(self, [rows[i] for i in members])
+            settled()
 
 
 class TwofoldWorker(TeacherWorker):
@@ -72,9 +70,9 @@ def main() -> None:
         (log,) = Path(f"{config.store.path}.job").glob("log-*.jsonl")
         fields = steady([json.loads(line) for line in log.read_text().splitlines()])
     print(json.dumps(fields, indent=2))
-    fields |= {"vocabulary": bench.V, "row_tokens": bench.T, "threads": THREADS}
+    fields |= {"vocabulary": SIZE.vocabulary, "row_tokens": SIZE.row_tokens, "threads": THREADS}
     fields |= about("torch", "transformers", "ray")
-    with open(RESULT, "w", newline="") as file:
+    with open(result_path("job"), "w", newline="") as file:
         table = csv.DictWriter(file, fields)
         table.writeheader()
         table.writerow(fields)
@@ -86,22 +84,21 @@ def prepare(folder: Path) -> CacheConfig:
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(bench.V)}, unk_token="w1"))
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(SIZE.vocabulary)}, unk_token="w1"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="w0", unk_token="w1")
     tokenizer.save_pretrained(folder / "teacher")
     url, rng = str(folder / "tokens"), np.random.default_rng(0)
-    shards = (
-        [TokenRow(i, "train", rng.integers(0, bench.V, bench.T).astype(np.int32)) for i in range(ROWS)]
-        for _ in range(SHARDS)
-    )
-    write_tokens(url, folder / "teacher", shards, num_shards=SHARDS, window=bench.T)
+    ids_NT = (rng.integers(0, SIZE.vocabulary, SIZE.row_tokens).astype(np.int32) for _ in count())
+    shards = ([TokenRow(i, "train", next(ids_NT)) for i in range(BATCHES * SIZE.rows)] for _ in range(SHARDS))
+    write_tokens(url, folder / "teacher", shards, num_shards=SHARDS, window=SIZE.row_tokens)
     raw: dict[str, Any] = {
         "tokens": {"path": url, "source": {"files": ["none"]}, "tokenizer": str(folder / "teacher"),
-                   "window": bench.T, "held_out": 0.0},
-        "teacher": {"model": str(folder / "teacher"), "dtype": "float32", "batch_tokens": BATCH_ROWS * bench.T},
+                   "window": SIZE.row_tokens, "held_out": 0.0},
+        "teacher": {"model": str(folder / "teacher"), "dtype": SIZE.dtype,
+                    "batch_tokens": SIZE.rows * SIZE.row_tokens},
         "targets": {"k": 64},
         "store": {"path": str(folder / "store")},
-        "cluster": {"workers": 1, "cpus_per_worker": THREADS},
+        "cluster": {"workers": 1, "cpus_per_worker": THREADS, "gpus_per_worker": float(device() == "cuda")},
     }  # fmt: skip
     return parse_config(CacheConfig, raw, "bench")
 

@@ -9,6 +9,9 @@ the same dtype and the same chunks, and does not cast its logits to float32, as 
 the same. `step`: the time of forward and backward pass of a model whose head is not the whole cost. The ways of a part
 take turns, so that all see the same machine; ratios are medians over rounds of the ratio to `chunked ce`, the
 cross-entropy that one would write by hand.
+
+On a GPU (loss-gpu.csv) everything is in bfloat16, at 8,192 positions and V = 151,936; times are of the wall clock, and
+memory is what PyTorch's allocator handed out at most.
 """
 
 import csv
@@ -22,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.machine import about
+from tests.bench.machine import about, device, result_path, settled
 
 K = 64
-RESULT = Path(__file__).parents[2] / "docs" / "benchmarks" / "loss.csv"
 WAYS = ("chunked ce", "fused ce", "fused kd", "fused kd, T = 2", "fused jsd", "dense kd")
 LARGE, SMALL = 151_936, 32_768
 HIDDEN = {"loss": 64, "step": 512, "memory": 1024}
+GPU_HIDDEN = (1024, 4096)
 MEMORY = [
     ("bfloat16", 8192, ("chunked ce", "fused kd, T = 2")),
     ("bfloat16", 2048, ("chunked ce", "fused ce", "fused kd", "fused kd, T = 2")),
@@ -42,8 +45,27 @@ COLUMNS = ["part", "way", "vocabulary", "hidden", "dtype", "positions", "value",
 
 def main(parts: Sequence[str]) -> None:
     """Measure the parts. The file is written after each."""
+    if device() == "cuda":
+        return replace("", list(measure_on_gpu()))
     for part in parts:
         replace(part, list(measure_memory() if part == "memory" else measure_time(part)))
+
+
+def measure_on_gpu() -> Iterator[list[Any]]:
+    """Time and memory of the loss, at the width of a small and of a large student."""
+    for hidden in GPU_HIDDEN:
+        works = loss_works(LARGE, 8192, WAYS, hidden, "bfloat16")
+        for way, seconds, ratio in timed(works):
+            yield shown(["loss", way, LARGE, hidden, "bfloat16", 8192, round(1e3 * seconds, 2), "ms", round(ratio, 3)])
+        settled()
+        del works  # and with them the last gradients
+        works = loss_works(LARGE, 8192, WAYS, hidden, "bfloat16")
+        plain, held = 0.0, gpu_bytes_held()
+        for way, work in works.items():
+            mebibytes = (gpu_bytes_at_most(work) - held) / 2**20
+            plain = plain or mebibytes
+            of_plain = round(mebibytes / plain, 3)
+            yield shown(["memory", way, LARGE, hidden, "bfloat16", 8192, round(mebibytes), "MiB", of_plain])
 
 
 def measure_time(part: str) -> Iterator[list[Any]]:
@@ -74,13 +96,13 @@ def shown(row: list[Any]) -> list[Any]:
 
 
 def replace(part: str, rows: list[list[Any]]) -> None:
-    """Put a part's rows into the file, in place of those that it has."""
+    """Put a part's rows into the file, in place of those that it has; without a part, of all."""
     stamp = about("torch", "transformers")
     others: list[list[Any]] = []
-    if RESULT.exists():
-        with open(RESULT, newline="") as file:
+    if part and result_path("loss").exists():
+        with open(result_path("loss"), newline="") as file:
             others = [row for row in csv.reader(file) if row[0] not in ("part", part)]
-    with open(RESULT, "w", newline="") as file:
+    with open(result_path("loss"), "w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow([*COLUMNS, *stamp])
         writer.writerows(others)
@@ -88,14 +110,16 @@ def replace(part: str, rows: list[list[Any]]) -> None:
 
 
 def timed(works: dict[str, Callable[[], Any]]) -> list[tuple[str, float, float]]:
-    """Median CPU seconds of each work, and the median over rounds of its ratio to the first."""
+    """Median CPU seconds (on a GPU: seconds) of each work, and the median over rounds of its ratio to the first."""
+    clock = time.perf_counter if device() == "cuda" else time.process_time
     seconds_RW = np.zeros((ROUNDS, len(works)))
     for r in range(-1, ROUNDS):  # the first round warms up
         for w, work in enumerate(works.values()):
-            start = time.process_time()
+            start = clock()
             work()
+            settled()
             if r >= 0:
-                seconds_RW[r, w] = time.process_time() - start
+                seconds_RW[r, w] = clock() - start
     ratios_RW = seconds_RW / seconds_RW[:, :1]
     return list(zip(works, np.median(seconds_RW, 0), np.median(ratios_RW, 0), strict=True))
 
@@ -106,9 +130,11 @@ def loss_works(
     """The loss and its gradients by each way, from random hidden states and a random head."""
     import torch
 
-    hidden_ND = torch.randn(positions, hidden_size, dtype=getattr(torch, dtype)).requires_grad_()
-    weight_WD = torch.randn(vocabulary, hidden_size, dtype=getattr(torch, dtype)).mul_(0.1).requires_grad_()
-    targets, next_ids_N = labels(vocabulary, positions)
+    like: dict[str, Any] = {"dtype": getattr(torch, dtype), "device": device()}
+    hidden_ND = torch.randn(positions, hidden_size, **like).requires_grad_()
+    weight_WD = torch.randn(vocabulary, hidden_size, **like).mul_(0.1).requires_grad_()
+    with torch.device(device()):
+        targets, next_ids_N = labels(vocabulary, positions)
 
     def work(way: str) -> Callable[[], Any]:
         def run() -> None:
@@ -200,6 +226,22 @@ def peak_mebibytes(way: str, dtype: str, positions: int) -> float:
     before = of_status("VmRSS")
     work()
     return of_status("VmHWM") - before
+
+
+def gpu_bytes_held() -> int:
+    """Bytes of all tensors on the GPU."""
+    import torch
+
+    return int(torch.cuda.memory_allocated())
+
+
+def gpu_bytes_at_most(work: Callable[[], Any]) -> int:
+    """The most that they were while ``work`` ran."""
+    import torch
+
+    torch.cuda.reset_peak_memory_stats()
+    work()
+    return int(torch.cuda.max_memory_allocated())
 
 
 def of_status(field: str) -> float:

@@ -24,21 +24,22 @@ FALL = (3.0, 1.5, 0.5)
 CHUNK = 128
 
 
-def dense_logprobs(num_positions: int, vocabulary_size: int, seed: int) -> Iterator[Tensor]:
-    """Log-probs [≤ CHUNK, V] float32 of consecutive positions."""
-    rng = torch.Generator().manual_seed(seed)
-    rank_V = torch.arange(vocabulary_size, dtype=torch.float32)
-    moved = torch.randperm(vocabulary_size, generator=rng)[: vocabulary_size // 10]
-    rank_V[moved] = rank_V[moved[torch.randperm(len(moved), generator=rng)]]
+def dense_logprobs(num_positions: int, vocabulary_size: int, seed: int, device: str = "cpu") -> Iterator[Tensor]:
+    """Log-probs [≤ CHUNK, V] float32 of consecutive positions; others on another device."""
+    rng = torch.Generator(device).manual_seed(seed)
+    rank_V = torch.arange(vocabulary_size, dtype=torch.float32, device=device)
+    moved = torch.randperm(vocabulary_size, generator=rng, device=device)[: vocabulary_size // 10]
+    rank_V[moved] = rank_V[moved[torch.randperm(len(moved), generator=rng, device=device)]]
     prior_V = -0.8 * torch.log1p(rank_V)
-    kinds = torch.multinomial(torch.tensor(SHARES), num_positions, replacement=True, generator=rng).tolist()
+    shares = torch.tensor(SHARES, device=device)
+    kinds = torch.multinomial(shares, num_positions, replacement=True, generator=rng).tolist()
     for start in range(0, num_positions, CHUNK):
         chunk = kinds[start : start + CHUNK]
-        scores_NV = torch.randn(len(chunk), vocabulary_size, generator=rng) + prior_V
+        scores_NV = torch.randn(len(chunk), vocabulary_size, generator=rng, device=device) + prior_V
         for scores_V, kind in zip(scores_NV, chunk, strict=True):
             low, high = FIRST_RUNG[kind]
-            ladder = low + (high - low) * torch.rand(1, generator=rng)
-            ladder = ladder - FALL[kind] * torch.log1p(torch.arange(CANDIDATES[kind], dtype=torch.float32))
+            rungs = torch.arange(CANDIDATES[kind], dtype=torch.float32, device=device)
+            ladder = low + (high - low) * torch.rand(1, generator=rng, device=device) - FALL[kind] * rungs.log1p()
             picked = torch.multinomial(prior_V.softmax(0), CANDIDATES[kind], generator=rng)
             scores_V[picked] += ladder - 0.8 * prior_V[picked]
         yield scores_NV.log_softmax(-1)

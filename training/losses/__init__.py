@@ -5,6 +5,7 @@
 - `tails.py`: what becomes of the mass outside the head; which pairs are legal, and what they cost.
 - `temperatures.py`: A_T between stored temperatures.
 - `objective.py`: alpha · T² · D(teacher ‖ student) + (1 − alpha) · cross-entropy + z-loss.
+- `rest.py`, `rest_triton.py`: the log-sum-exp of all ids that no teacher names; in torch, and as GPU kernels.
 - `fused.py`: all of that, and its gradients, from hidden states and LM head in chunks.
 """
 

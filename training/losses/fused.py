@@ -1,6 +1,6 @@
 """Hidden states × LM head → losses and gradients, chunk by chunk: the logits of all positions never exist at once.
 
-This is the reference of the call `linear_losses`; a Triton kernel may stand behind the same call.
+What costs V per position beside the matrix products is in `rest.py`: torch, and Triton kernels on GPUs.
 
 Gradients are computed in the forward pass (as in Liger-Kernel, arXiv 2410.10989): each chunk's logits become, in place,
 the gradient of the loss by them, which is multiplied into those of hidden states and head right away. Nothing is
@@ -22,7 +22,10 @@ import torch
 from torch import Tensor
 
 from training.losses.objective import LossSums, Objective, Part, Statistics, loss_sums
+from training.losses.rest import rest_of
 from training.losses.targets import WeightedTargets
+
+HALF = (torch.bfloat16, torch.float16)
 
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 512 * 2**20}
 """Float32 logits of a chunk: at V = 151,936 they are of 110 positions on a CPU, and of 883 on a GPU, where the head's
@@ -98,12 +101,16 @@ class _LinearLosses(torch.autograd.Function):
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=hidden_ND.device)
         for start in range(0, len(hidden_ND), work.chunk):
             at = slice(start, start + work.chunk)
-            logits_CW, through = _logits(hidden_ND[at], weight_WD, bias_W, work.finish, any(wanted))
-            sums += _chunk(logits_CW, at, work, gradients.temperature, any(wanted))
-            if any(wanted):
-                gradient_CW = through(logits_CW).to(weight_WD.dtype)
-                del logits_CW, through  # the next products need their room
+            logits_CW, before_finish = _logits(hidden_ND[at], weight_WD, bias_W, work.finish, any(wanted))
+            dtype = weight_WD.dtype if before_finish is None else logits_CW.dtype
+            of_chunk, gradient_CW = _chunk(logits_CW, at, work, gradients.temperature, dtype if any(wanted) else None)
+            sums += of_chunk
+            if gradient_CW is not None:
+                if before_finish is not None:
+                    gradient_CW = before_finish(gradient_CW).to(weight_WD.dtype)
+                del logits_CW, before_finish  # the next products need their room
                 _multiply_in(gradient_CW, hidden_ND[at], weight_WD, at, gradients)
+                del gradient_CW  # and the next logits this one's
         ctx.save_for_backward(gradients.hidden_ND, gradients.bias_W, gradients.temperature, *gradients.weight_blocks)
         ctx.dtypes = weight_WD.dtype, bias_W is not None and bias_W.dtype, temperature is not None and temperature.dtype
         return sums.to(wide)
@@ -162,22 +169,37 @@ def _joined(blocks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 def _logits(
     hidden_CD: Tensor, weight_WD: Tensor, bias_W: Tensor | None, finish: Finish, with_gradients: bool
-) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Logits of a chunk, to be overwritten, and what carries their gradient back to before ``finish``."""
-    plain_CW = torch.nn.functional.linear(hidden_CD, weight_WD, bias_W)
-    plain_CW = plain_CW.to(torch.promote_types(plain_CW.dtype, torch.float32))
+) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+    """Logits of a chunk, to be overwritten, and what carries their gradient back to before ``finish``; None where that
+    does nothing.
+    """
+    plain_CW = wide_linear(hidden_CD, weight_WD, bias_W)
     with torch.set_grad_enabled(with_gradients):
         finished_CW = finish(plain_CW.requires_grad_(with_gradients))
     if finished_CW is plain_CW:
-        return plain_CW.detach(), lambda gradient_CW: gradient_CW
+        return plain_CW.detach(), None
     own_CW = finished_CW.detach().clone()
     return own_CW, lambda gradient_CW: torch.autograd.grad(finished_CW, plain_CW, gradient_CW)[0]
 
 
+def wide_linear(hidden_CD: Tensor, weight_WD: Tensor, bias_W: Tensor | None) -> Tensor:
+    """``linear(hidden, weight, bias)`` in the head's dtype, as float32 (float64 where the head is).
+
+    A GPU sums products of half precision in float32 anyway, and can leave them there. Elsewhere they are rounded first.
+    """
+    if weight_WD.is_cuda and weight_WD.dtype in HALF and hidden_CD.dtype == weight_WD.dtype:
+        plain_CW = torch.mm(hidden_CD, weight_WD.T, out_dtype=torch.float32)
+        return plain_CW if bias_W is None else plain_CW.add_(bias_W)
+    plain_CW = torch.nn.functional.linear(hidden_CD, weight_WD, bias_W)
+    return plain_CW.to(torch.promote_types(plain_CW.dtype, torch.float32))
+
+
 def _chunk(
-    logits_CW: Tensor, at: slice, work: _Work, temperature_gradient: Tensor | None, with_gradients: bool
-) -> Tensor:
-    """Sums [4] of a chunk, float64; the gradient of the loss by the logits is left in ``logits_CW``."""
+    logits_CW: Tensor, at: slice, work: _Work, temperature_gradient: Tensor | None, wanted: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """Sums [4] of a chunk, float64, and the gradient of the loss by its logits as ``wanted``, or None. The logits are
+    overwritten.
+    """
     objective = work.objective
     teachers = [WeightedTargets(weight, targets.part(at)) for weight, targets in work.teachers]
     part = Part.of(objective, work.next_ids_N[at], teachers, logits_CW.dtype)
@@ -187,77 +209,40 @@ def _chunk(
     logits_CW.scatter_(-1, ids_CE, -torch.inf)
     if objective.needs_rest:
         leaves["each of rest"] = logits_CW.clone()
-    at_T, at_1 = _rests(logits_CW, objective, bool(part.labels))
-    leaves["rest"] = at_1.lse_C
-    if at_T is not None:
-        leaves["rest at T"] = at_T.lse_C
+    is_learned, temperature = isinstance(objective.temperature, Tensor), float(objective.temperature)
+    at_T = bool(part.labels) and (is_learned or temperature != 1.0)
+    rest = rest_of(logits_CW, temperature if at_T else None, at_T and is_learned)
+    leaves["rest"] = rest.lse_C
+    if rest.lse_at_T_C is not None:
+        leaves["rest at T"] = rest.lse_at_T_C
     if isinstance(objective.temperature, Tensor):
         leaves["temperature"] = objective.temperature.detach().to(logits_CW.dtype)
-    with torch.set_grad_enabled(with_gradients):
-        sums = _sums(
-            objective, part, {name: leaf.requires_grad_(with_gradients) for name, leaf in leaves.items()}, at_T
-        )
-    if with_gradients:
+    with torch.set_grad_enabled(wanted is not None):
+        sums = _sums(objective, part, {name: leaf.requires_grad_(wanted is not None) for name, leaf in leaves.items()},
+                     rest.slope_C)  # fmt: skip
+    gradient_CW = None
+    if wanted is not None:
         found = torch.autograd.grad(sums.loss, list(leaves.values()), allow_unused=True, materialize_grads=True)
         by_name = dict(zip(leaves, found, strict=True))
-        at_1.scale(by_name["rest"])  # this is logits_CW
-        if at_T is not None:
-            logits_CW += at_T.scale(by_name["rest at T"])
+        dtype = logits_CW.dtype if objective.needs_rest else wanted
+        gradient_CW = rest.gradient(by_name["rest"], by_name.get("rest at T"), dtype)
         if objective.needs_rest:
-            logits_CW += by_name["each of rest"]
-        logits_CW.scatter_add_(-1, ids_CE, by_name["entries"])  # free entries repeat an id, with a gradient of zero
+            gradient_CW = gradient_CW.add_(by_name["each of rest"]).to(wanted)
+        # The rest gives nothing at entries, and free ones repeat an id with a gradient of zero: no sum is rounded.
+        gradient_CW.scatter_add_(-1, ids_CE, by_name["entries"].to(wanted))
         if temperature_gradient is not None:
             temperature_gradient += by_name["temperature"]
-    return torch.stack(list(sums)).detach().double()
+    return torch.stack(list(sums)).detach().double(), gradient_CW
 
 
-def _sums(objective: Objective, part: Part, leaves: dict[str, Tensor], at_T: "_Rest | None") -> LossSums:
-    """The chunk's losses as a function of the leaves."""
+def _sums(objective: Objective, part: Part, leaves: dict[str, Tensor], slope_C: Tensor | None) -> LossSums:
+    """The chunk's losses as a function of the leaves; ``slope_C`` is that of the rest at T, where T is learned."""
     temperature = leaves.get("temperature", objective.temperature)
     lse_at_T_C = leaves.get("rest at T", leaves["rest"])
-    if at_T is not None and at_T.slope_C is not None and isinstance(temperature, Tensor):
-        lse_at_T_C = lse_at_T_C + at_T.slope_C * (temperature - temperature.detach())
+    if slope_C is not None and isinstance(temperature, Tensor):
+        lse_at_T_C = lse_at_T_C + slope_C * (temperature - temperature.detach())
     statistics = Statistics(leaves["entries"], leaves["rest"], lse_at_T_C, leaves.get("each of rest"))
     return loss_sums(objective._replace(temperature=temperature), part, statistics)
-
-
-class _Rest(NamedTuple):
-    """Σ exp(logit / T) over the ids that are no entries, with what its gradient needs."""
-
-    exp_CW: Tensor
-    sum_C1: Tensor
-    lse_C: Tensor
-    temperature: float
-    slope_C: Tensor | None
-    """d lse / dT, where T is learned."""
-
-    def scale(self, gradient_C: Tensor) -> Tensor:
-        """Turn ``exp_CW``, in place, into the gradient by the logits, given that by ``lse_C``."""
-        has_C1 = self.sum_C1 > 0
-        factor_C1 = torch.where(has_C1, gradient_C[:, None] / torch.where(has_C1, self.sum_C1, 1.0), 0.0)
-        return self.exp_CW.mul_(factor_C1 / self.temperature)
-
-
-def _rests(rest_CW: Tensor, objective: Objective, with_teachers: bool) -> tuple[_Rest | None, _Rest]:
-    """The rest at T, None where it is that at 1, and the rest at 1, for which ``rest_CW`` is overwritten."""
-    largest_C1 = rest_CW.amax(-1, keepdim=True).clamp(min=torch.finfo(rest_CW.dtype).min)
-    rest_CW.sub_(largest_C1)
-    is_learned = isinstance(objective.temperature, Tensor)
-    temperature = float(objective.temperature)
-    at_T = None
-    if with_teachers and (is_learned or temperature != 1.0):
-        at_T = _rest((rest_CW / temperature).exp_(), largest_C1 / temperature, temperature)
-        if is_learned:
-            # d/dT log Σ exp(x/T) = −E[x] / T² with x = largest + T · log exp_CW
-            mean_C1 = torch.xlogy(at_T.exp_CW, at_T.exp_CW).sum(-1, keepdim=True) / at_T.sum_C1
-            slope_C = -(mean_C1 / temperature + largest_C1 / temperature**2)[:, 0]
-            at_T = at_T._replace(slope_C=torch.where(at_T.sum_C1[:, 0] > 0, slope_C, 0.0))
-    return at_T, _rest(rest_CW.exp_(), largest_C1, 1.0)
-
-
-def _rest(exp_CW: Tensor, largest_C1: Tensor, temperature: float) -> _Rest:
-    sum_C1 = exp_CW.sum(-1, keepdim=True)
-    return _Rest(exp_CW, sum_C1, (sum_C1.log() + largest_C1)[:, 0], temperature, None)
 
 
 def _multiply_in(gradient_CW: Tensor, hidden_CD: Tensor, weight_WD: Tensor, at: slice, gradients: _Gradients) -> None:
@@ -269,6 +254,8 @@ def _multiply_in(gradient_CW: Tensor, hidden_CD: Tensor, weight_WD: Tensor, at: 
         gradient_RC = gradient_CW[:, row : row + len(block_RD)].T
         if block_RD.dtype == gradient_RC.dtype:
             block_RD.addmm_(gradient_RC, hidden_CD)
+        elif block_RD.is_cuda and block_RD.dtype == torch.float32:  # summed without being rounded first
+            torch.addmm(block_RD, gradient_RC, hidden_CD, out_dtype=torch.float32, out=block_RD)
         else:
             block_RD += gradient_RC @ hidden_CD
         row += len(block_RD)

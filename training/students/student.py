@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from training.config import LossConfig
 from training.data.micro_batch import MicroBatch
 from training.losses import LossSums, Objective, WeightedTargets, linear_losses, soft_losses
-from training.losses.fused import default_chunk
+from training.losses.fused import default_chunk, wide_linear
 from training.losses.head import OutputHead
 from training.losses.mixing import Mixing
 from training.students.attention import VARLEN, flatten
@@ -79,7 +79,7 @@ class Student(nn.Module):
         chunk, parts = self.chunk or default_chunk(weight_WD), []
         for start in range(0, max(len(hidden_ND), 1), chunk):  # once at least, for columns of no positions
             at = slice(start, start + chunk)
-            logits_CW = self.head.finish(nn.functional.linear(hidden_ND[at], weight_WD, bias_W).float())
+            logits_CW = self.head.finish(wide_linear(hidden_ND[at], weight_WD, bias_W))
             teachers = [WeightedTargets(weight, targets.part(at)) for weight, targets in batch.targets]
             parts.append(self._predict(logits_CW, batch.next_ids_N[at], teachers))
         return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))
