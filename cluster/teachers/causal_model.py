@@ -18,12 +18,13 @@ def check_architecture(folder: Path, trust_remote_code: bool = False) -> Any:
     Reads the config alone, so that it can be called before a cluster starts. An encoder, or a decoder that was saved
     without its LM head, would be loaded all the same, with random numbers for what it lacks.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, StrictDataclassError) as error:
         raise TeacherError(f"{folder} is no model that transformers can read: {_one_line(error)}") from error
     architectures = getattr(config, "architectures", None) or []
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
@@ -100,6 +101,7 @@ def _options(config: TeacherConfig, device: str) -> dict[str, Any]:
     options: dict[str, Any] = {}
     if config.device_map or config.quantization:
         _require("accelerate", f"teacher.{'device_map' if config.device_map else 'quantization'}")
+    if config.device_map or device.startswith("cuda"):  # straight to the GPU: a node's workers have one host memory
         options["device_map"] = config.device_map or {"": device}
     if config.quantization:
         if not device.startswith("cuda") or not torch.cuda.is_available():

@@ -42,11 +42,13 @@ def top_k(logits_NV: Tensor, k: int) -> Head:
     return Head.among(ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
 
 
-def top_p(logits_NV: Tensor, lse_N1: Tensor, p: float, k: int) -> Head:
-    """The first ids, most probable first and ties to the lower id, that hold a mass of p, and no more than k."""
+def top_p(logits_NV: Tensor, offset_N1: Tensor, lse_N1: Tensor, p: float, k: int) -> Head:
+    """The first ids, most probable first and ties to the lower id, that hold a mass of p, and no more than k. Log-probs
+    are ``logits − offset − lse``.
+    """
     ids_NK = _top_ids(logits_NV, min(k, logits_NV.shape[1])).sort(-1).values
     logits_NK, order_NK = logits_NV.gather(-1, ids_NK).sort(stable=True, dim=-1, descending=True)
-    units_NK = ((logits_NK - lse_N1).double().exp() * 2.0**MASS_BITS).long()
+    units_NK = ((logits_NK - offset_N1 - lse_N1).double().exp() * 2.0**MASS_BITS).long()
     before_NK = units_NK.cumsum(-1) - units_NK
     return Head.among(ids_NK.gather(-1, order_NK), before_NK < int(p * 2**MASS_BITS))
 
@@ -72,7 +74,7 @@ def _top_ids(logits_NV: Tensor, k: int) -> Tensor:
         tied_NV, cut_N1 = logits_NV[is_tied_N], values_NK[is_tied_N, -1:]
         above_NV, equal_NV = tied_NV > cut_N1, tied_NV == cut_N1
         num_equal_N1 = k - above_NV.sum(-1, keepdim=True)
-        is_top_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1) <= num_equal_N1))
+        is_top_NV = above_NV | (equal_NV & (equal_NV.cumsum(-1, dtype=torch.int32) <= num_equal_N1))
         ids_NK[is_tied_N] = is_top_NV.nonzero()[:, 1].view(-1, k)
     return ids_NK
 

@@ -47,9 +47,12 @@ def draw(weights_NV: Tensor, points_NM: Tensor) -> Tensor:
     """
     units_NV = weights_NV.mul_(2.0**FRACTION_BITS).long()
     torch.cumsum(units_NV, -1, out=units_NV)
-    total_N1 = units_NV[:, -1:]
-    units_NM = (points_NM * total_N1.double()).long().minimum((total_N1 - 1).clamp(min=0))
-    return torch.searchsorted(units_NV, units_NM, right=True)
+    return torch.searchsorted(units_NV, units_at(points_NM, units_NV[:, -1:]), right=True)
+
+
+def units_at(points_NM: Tensor, total_N1: Tensor) -> Tensor:
+    """The integers below ``total_N1`` at ``points_NM``, float64 shares of it."""
+    return (points_NM * total_N1.double()).long().minimum((total_N1 - 1).clamp(min=0))
 
 
 def _mixed(x: Tensor) -> Tensor:

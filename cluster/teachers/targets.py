@@ -12,29 +12,37 @@ from torch import Tensor
 from cluster.config import TargetsConfig
 from cluster.teachers import heads
 from cluster.teachers.heads import Head
-from cluster.teachers.sampling import draw, seed_of, systematic, uniforms
+from cluster.teachers.masses import Masses, TorchMasses
+from cluster.teachers.sampling import seed_of, systematic, uniforms
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 
-CHUNK_BYTES = 256 * 2**20
-"""Float32 logits held at once: 441 positions at V = 151,936."""
+CHUNK_BYTES = {"cpu": 256 * 2**20, "cuda": 1024 * 2**20}
+"""Float32 logits held at once: at V = 151,936 they are of 441 positions on a CPU, of 1,766 on a GPU, which needs many
+to be busy: a chunk's small operations, and the waiting for their results, take a millisecond whatever its size."""
 
 CACHE_BYTES = 2 * 2**20
 """Float32 logits that a CPU chooses from at once: they and what is made of them stay in its cache (and in memory that
 the allocator keeps: larger temporaries are mapped, and their pages cleared, each time)."""
 
-SURE_MASS = 1e-23
-"""Sums of probabilities that float32 forms as exactly as any: 2^24 of them below its smallest, 1e-38, are nothing."""
 
-
-def chunk_positions(width: int, num_bytes: int = CHUNK_BYTES) -> int:
+def chunk_positions(width: int, num_bytes: int) -> int:
     """Positions whose float32 logits of ``width`` entries fit in ``num_bytes``; at least one."""
     return max(1, num_bytes // (4 * width))
 
 
+def masses_of(logits_NW: Tensor) -> Masses:
+    """Masses of raw logits of any float dtype, which stay as they are."""
+    if logits_NW.is_cuda:
+        from cluster.teachers.masses_triton import TritonMasses
+
+        return TritonMasses(logits_NW)
+    return TorchMasses(logits_NW)
+
+
 def check_targets(targets: TargetsConfig, vocabulary_size: int) -> None:
     """Raise ConfigError where ``targets`` ask for ids that a vocabulary of this size does not have."""
-    if targets.kind == "top_k" and targets.k and targets.k > vocabulary_size:
+    if targets.k and targets.k > vocabulary_size:
         raise ConfigError(
             f"targets.k = {targets.k} is larger than the vocabulary of {vocabulary_size}: "
             f"set it to {vocabulary_size} to keep everything, or lower"
@@ -77,84 +85,65 @@ class Selector:
 
         Raises TeacherError where a logit is NaN or +inf.
         """
-        size = CACHE_BYTES if logits_NW.device.type == "cpu" else CHUNK_BYTES
-        step = chunk_positions(logits_NW.shape[1], size)
+        step = chunk_positions(logits_NW.shape[1], CHUNK_BYTES["cuda"] if logits_NW.is_cuda else CACHE_BYTES)
         parts = zip(*(c.split(step) for c in (logits_NW, next_ids_N, rows_N, positions_N)), strict=True)
         return Targets.join([self._select(*part) for part in parts])
 
     def _select(self, logits_NW: Tensor, next_ids_N: Tensor, rows_N: Tensor, positions_N: Tensor) -> Targets:
-        # A common offset of −100 would cost all that follows two of float32's seven digits.
-        rest_NW = logits_NW.float() - logits_NW.amax(-1, keepdim=True).float()  # what is kept is made −inf
-        mass_NW = rest_NW.exp()  # and 0
-        next_ids_N1, always_F = next_ids_N[:, None], torch.tensor(self.targets.always, device=rest_NW.device).long()
-        lse_N1, lse_NS = self._log_sums(rest_NW, mass_NW)
-        head = self._head(rest_NW[:, : self.vocabulary_size], lse_N1, lse_NS)
-        at_head = (head.at_H, head.ids_H)
-        head_logprobs_H = rest_NW[at_head] - lse_N1[head.at_H, 0]
-        next_logprob_N1 = rest_NW.gather(-1, next_ids_N1) - lse_N1
-        forced_logprobs_NF = rest_NW[:, always_F] - lse_N1
-        for left_NW, nothing in ((rest_NW, -torch.inf), (mass_NW, 0.0)):
-            left_NW[at_head] = nothing
-            left_NW.scatter_(-1, next_ids_N1, nothing)
-            left_NW[:, always_F] = nothing
-        tail_N1 = _log_sum(rest_NW, mass_NW) - lse_N1
-        log_partition_NS = lse_NS - lse_N1 / lse_N1.new_tensor(self.targets.temperatures)
-        kept = (head.counts_N.int(), head.ids_H.int(), head_logprobs_H, next_logprob_N1[:, 0])
-        draws = self._draws(rest_NW, tail_N1, lse_NS, rows_N, positions_N)
-        columns = (*kept, tail_N1[:, 0], log_partition_NS, forced_logprobs_NF, *draws)
-        return Targets(*(column.cpu().numpy() for column in columns))
-
-    def _log_sums(self, logits_NW: Tensor, mass_NW: Tensor) -> tuple[Tensor, Tensor]:
-        """Log Σ exp(logits) [N, 1], and log Σ exp(logits / T) of each stored temperature [N, S]."""
-        lse_N1 = mass_NW.sum(-1, keepdim=True).log()
+        masses, targets, num_positions = masses_of(logits_NW), self.targets, len(logits_NW)
+        lse_N1 = masses.log_sum()
         if not bool(torch.isfinite(lse_N1).all()):
             raise TeacherError(
                 "the teacher's logits hold NaN or infinity: score in another teacher.dtype (float16 overflows first)"
             )
-        tempered = [(logits_NW / t).logsumexp(-1, keepdim=True) for t in self.targets.temperatures]
-        return lse_N1, torch.cat([lse_N1[:, :0], *tempered], 1)
+        lse_NS = torch.cat([lse_N1[:, :0], *(masses.log_sum(t) for t in targets.temperatures)], 1)
+        lse_at_T_N1 = lse_NS if targets.is_sampled and targets.temperatures else lse_N1
+        head = self._head(masses, lse_N1, lse_at_T_N1)
+        at_N = torch.arange(num_positions, device=lse_N1.device)
+        always_F = torch.tensor(targets.always, device=lse_N1.device).long()
+        at_F, ids_F = at_N.repeat_interleave(len(always_F)), always_F.repeat(num_positions)
+        kept = ((head.at_H, head.ids_H), (at_N, next_ids_N), (at_F, ids_F))
+        head_logprobs_H, next_logprob_N, forced_logprobs_F = (
+            masses.logits_NW[at_E, ids_E] - masses.offset_N1[at_E, 0] - lse_N1[at_E, 0] for at_E, ids_E in kept
+        )
+        for at_E, ids_E in kept:
+            masses.take_out(at_E, ids_E)
+        tail_N1 = masses.log_sum() - lse_N1
+        log_partition_NS = lse_NS - lse_N1 / lse_N1.new_tensor(targets.temperatures)
+        draws = self._draws(masses, tail_N1, lse_at_T_N1, rows_N, positions_N)
+        columns = (
+            *(head.counts_N.int(), head.ids_H.int(), head_logprobs_H, next_logprob_N, tail_N1[:, 0]),
+            *(log_partition_NS, forced_logprobs_F.view(num_positions, -1), *draws),
+        )
+        return Targets(*(column.cpu().numpy() for column in columns))
 
-    def _head(self, logits_NV: Tensor, lse_N1: Tensor, lse_NS: Tensor) -> Head:
+    def _head(self, masses: Masses, lse_N1: Tensor, lse_at_T_N1: Tensor) -> Head:
+        logits_NV, offset_N1 = masses.logits_NW[:, : self.vocabulary_size], masses.offset_N1
         match self.targets:
             case TargetsConfig(kind="top_k", k=int(k)):
                 return heads.top_k(logits_NV, k)
             case TargetsConfig(kind="top_p", k=int(k), p=float(p)):
-                return heads.top_p(logits_NV, lse_N1, p, k)
+                return heads.top_p(logits_NV, offset_N1, lse_N1, p, k)
             case TargetsConfig(kind="threshold", tau=float(tau)):
-                lse_N1 = lse_NS if self.targets.temperatures else lse_N1
-                return heads.at_least(logits_NV, self.temperature * (lse_N1 + math.log(tau)))
+                return heads.at_least(logits_NV, self.temperature * (lse_at_T_N1 + math.log(tau)) + offset_N1)
         return heads.empty(len(logits_NV), logits_NV.device)
 
     def _draws(
-        self, rest_NW: Tensor, tail_N1: Tensor, lse_NS: Tensor, rows_N: Tensor, positions_N: Tensor
+        self, masses: Masses, tail_N1: Tensor, lse_at_T_N1: Tensor, rows_N: Tensor, positions_N: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Draws of each position [N], and the drawn ids of all of them; ``rest_NW`` is overwritten."""
+        """Draws of each position [N], and the drawn ids of all of them. What is left of ``masses`` is used up."""
         if not self.targets.is_sampled:
             return torch.zeros_like(rows_N, dtype=torch.int32), rows_N[:0].int()
-        largest_N1 = rest_NW[:, : self.vocabulary_size].amax(-1, keepdim=True)
         if self.targets.draws:
-            counts_N1 = torch.full_like(largest_N1, self.targets.draws)
+            counts_N1 = torch.full_like(tail_N1, self.targets.draws)
             points_NM = uniforms(self._seed, rows_N, positions_N, self.targets.draws)
         else:
             assert self.targets.tau
             if self.targets.temperatures:
-                tail_N1 = (rest_NW / self.temperature).logsumexp(-1, keepdim=True) - lse_NS
+                tail_N1 = masses.log_sum(self.temperature) - lse_at_T_N1
             counts_N1 = (tail_N1.exp() / self.targets.tau).ceil().clamp(min=1)
             points_NM = systematic(uniforms(self._seed, rows_N, positions_N, 1), counts_N1)
-        counts_N1 = torch.where(largest_N1.isneginf(), 0, counts_N1).int()
-        weights_NV = rest_NW[:, : self.vocabulary_size].sub_(largest_N1.clamp(min=torch.finfo().min))
-        if self.temperature != 1:
-            weights_NV.div_(self.temperature)
-        ids_NM = draw(weights_NV.exp_(), points_NM).sort(-1).values
+        counts_N1 = torch.where(masses.has_mass(self.vocabulary_size), counts_N1, 0).int()
+        ids_NM = masses.draw(points_NM, self.temperature, self.vocabulary_size).sort(-1).values
         is_drawn_NM = torch.arange(ids_NM.shape[1], device=ids_NM.device) < counts_N1
         return counts_N1[:, 0], ids_NM[is_drawn_NM].int()
-
-
-def _log_sum(logits_NW: Tensor, mass_NW: Tensor) -> Tensor:
-    """Log of the sums of ``mass_NW = exp(logits_NW)`` [N, 1]; from the logits where float32 runs out of exponents."""
-    sums_N1 = mass_NW.sum(-1, keepdim=True)
-    is_faint_N = sums_N1[:, 0] < SURE_MASS
-    log_sums_N1 = sums_N1.log()
-    if bool(is_faint_N.any()):
-        log_sums_N1[is_faint_N] = logits_NW[is_faint_N].logsumexp(-1, keepdim=True)
-    return log_sums_N1

@@ -1,10 +1,11 @@
 """The transformers backend: rows of equal length together, the LM head in chunks with the model's own code."""
 
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from cluster.config import TeacherConfig
 from cluster.job.phases import Phases
 from cluster.memory import is_out_of_memory
 from cluster.teachers.causal_model import load_model
-from cluster.teachers.targets import Selector, chunk_positions
+from cluster.teachers.targets import CHUNK_BYTES, Selector, chunk_positions
 from logit_store import Targets
 from logit_store.errors import TeacherError
+
+T = TypeVar("T")
 
 
 class TransformersTeacher:
@@ -26,14 +29,15 @@ class TransformersTeacher:
         self.config, self.selector = config, selector
         self.phases, self.batch_tokens = Phases(), config.batch_tokens
         self.oom_splits = 0
-        """How often memory ran out, and a batch or a chunk was halved."""
+        """How often memory ran out, and a batch, or a chunk of its positions, was halved."""
+        self._no_room = ""
         self.model: Any = load_model(folder, config, device)
         self.decoder = self.model.get_decoder()
         self.run_decoder = torch.compile(self.decoder, dynamic=True) if config.compile else self.decoder
         embedding = self.model.get_input_embeddings().weight
         # Weights that device_map left on the CPU or on disk are "meta" between uses; their inputs may be anywhere.
         self.device = torch.device(device) if embedding.device.type == "meta" else embedding.device
-        self.chunk = chunk_positions(self.model.get_output_embeddings().weight.shape[0])
+        self.chunk = chunk_positions(self.model.get_output_embeddings().weight.shape[0], CHUNK_BYTES[self.device.type])
         self._probe()
 
     @torch.inference_mode()
@@ -46,47 +50,66 @@ class TransformersTeacher:
         for members in equal_length_batches([len(row) for row in rows], self.batch_tokens):
             ids_BT = torch.from_numpy(np.stack([rows[i] for i in members]).astype(np.int64)).to(self.device)
             numbers_B = torch.tensor([numbers[i] for i in members], device=self.device)
-            scored |= zip(members, self._score_batch(ids_BT, numbers_B, self.chunk), strict=True)
+            scored |= zip(members, self._score_batch(ids_BT, numbers_B), strict=True)
         return [scored[i] for i in range(len(rows))]
 
     def close(self) -> None:
         """Nothing was started."""
 
-    def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor, chunk: int) -> list[Targets]:
-        """Targets of a batch; where memory runs out those of its halves, and of one row with the chunk halved. The next
-        batch is tried whole again: an accident decides nothing about what comes after it.
+    def _score_batch(self, ids_BT: Tensor, numbers_B: Tensor) -> list[Targets]:
+        """Targets of a batch, of its halves where it does not fit into memory. The next batch is tried whole again: an
+        accident decides nothing about what comes after it.
         """
+        num_rows, num_positions = ids_BT.shape[0], ids_BT.shape[1] - 1
+        with self._measured("forward"):
+            hidden_ND = self._within_memory(lambda: self._hidden(ids_BT)[:, :-1].flatten(0, 1))
+        if hidden_ND is not None:
+            with self._measured("targets"):
+                parts = self._targets(hidden_ND, ids_BT, numbers_B)
+                if parts is not None:
+                    return list(Targets.join(parts).split([num_positions] * num_rows))
+        if num_rows > 1:
+            del hidden_ND
+            halves = zip(ids_BT.tensor_split(2), numbers_B.tensor_split(2), strict=True)
+            return [targets for ids, numbers in halves for targets in self._score_batch(ids, numbers)]
+        raise TeacherError(
+            f"a row of {ids_BT.shape[1]} tokens does not fit into memory, even with the LM head one position at a time "
+            f"({self._no_room}): use a smaller tokens.window, a smaller teacher.dtype or a larger machine"
+        )
+
+    def _targets(self, hidden_ND: Tensor, ids_BT: Tensor, numbers_B: Tensor) -> list[Targets] | None:
+        """Targets of a batch's positions, in parts; None where there is no room for a single one."""
+        num_rows, num_positions = ids_BT.shape[0], ids_BT.shape[1] - 1
+        rows_N = numbers_B.repeat_interleave(num_positions)
+        positions_N = torch.arange(num_positions, device=self.device).repeat(num_rows)
+        columns = (hidden_ND, ids_BT[:, 1:].flatten(), rows_N, positions_N)
+        waiting = deque(zip(*(column.split(self.chunk) for column in columns), strict=True))
+        parts = []
+        while waiting:
+            chunk = waiting.popleft()
+            part = self._within_memory(partial(self._select, *chunk))
+            if part is not None:
+                parts.append(part)
+            elif len(chunk[0]) > 1:
+                first, second = zip(*(column.tensor_split(2) for column in chunk), strict=True)
+                waiting.extendleft((second, first))
+            else:
+                return None
+        return parts
+
+    def _within_memory(self, work: Callable[[], T]) -> T | None:
+        """What ``work`` gives; None, counted as a split, where memory ran out."""
         try:
-            return self._score_at_once(ids_BT, numbers_B, chunk)
+            return work()
         except (MemoryError, RuntimeError) as error:  # torch's are RuntimeErrors
             if not is_out_of_memory(error):
                 raise
-            reason = " ".join(str(error).split())
+            self._no_room = " ".join(str(error).split())
         # Outside of the handler, whose traceback holds on to the tensors of the failed attempt.
         self.oom_splits += 1
-        if self.device.type == "cuda":
+        if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
-        if len(ids_BT) > 1:
-            halves = zip(ids_BT.tensor_split(2), numbers_B.tensor_split(2), strict=True)
-            return [targets for ids, numbers in halves for targets in self._score_batch(ids, numbers, chunk)]
-        if chunk > 1:
-            return self._score_batch(ids_BT, numbers_B, chunk // 2)
-        raise TeacherError(
-            f"a row of {ids_BT.shape[1]} tokens does not fit into memory, even with the LM head one position at a time "
-            f"({reason}): use a smaller tokens.window, a smaller teacher.dtype or a larger machine"
-        )
-
-    def _score_at_once(self, ids_BT: Tensor, numbers_B: Tensor, chunk: int) -> list[Targets]:
-        num_rows, num_positions = ids_BT.shape[0], ids_BT.shape[1] - 1
-        with self._measured("forward"):
-            hidden_ND = self._hidden(ids_BT)[:, :-1].flatten(0, 1)
-        with self._measured("targets"):
-            next_ids_N = ids_BT[:, 1:].flatten()
-            rows_N = numbers_B.repeat_interleave(num_positions)
-            positions_N = torch.arange(num_positions, device=self.device).repeat(num_rows)
-            chunks = zip(*(c.split(chunk) for c in (hidden_ND, next_ids_N, rows_N, positions_N)), strict=True)
-            whole = Targets.join([self._select(*columns) for columns in chunks])
-            return list(whole.split([num_positions] * num_rows))
+        return None
 
     def _select(self, hidden_ND: Tensor, *columns: Tensor) -> Targets:
         logits_NW = self._head(hidden_ND)
@@ -97,7 +120,7 @@ class TransformersTeacher:
         """Count the block as ``phase``, to the end of its work on a GPU."""
         with self.phases.measure(phase):
             yield
-            if self.device.type == "cuda":
+            if torch.cuda.is_initialized():
                 torch.cuda.synchronize()
 
     def _hidden(self, ids_BT: Tensor) -> Tensor:

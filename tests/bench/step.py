@@ -55,7 +55,7 @@ SIZES = {
         "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
         "num_attention_heads": 8, "num_key_value_heads": 4,
     }),
-    "cuda": Size(151_936, 2049, 32, 16_384, 30, "zero2", {
+    "cuda": Size(151_936, 2049, 16, 16_384, 15, "zero2", {
         "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
         "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "tie_word_embeddings": True,
     }),
@@ -135,8 +135,9 @@ def pipeline_rate(config: TrainConfig, source: Source, num_steps: int = 60) -> f
 
 def head_share(student: Student) -> float:
     """The head's part of the FLOPs of a step's matrix products."""
-    per_position = model_flops(student.model).per_position
-    return float(6 * student.model.get_output_embeddings().weight.numel() / per_position)
+    flops = model_flops(student.model)
+    assert flops is not None
+    return flops.per_loss / (flops.per_position + flops.per_loss)
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -96,6 +97,23 @@ def test_one_row_halves_the_heads_chunk_and_then_gives_up(
     largest = 0
     with pytest.raises(TeacherError, match=r"a row of 20 tokens does not fit into memory.*can't allocate"):
         backend.score(rows, [0])
+
+
+def test_a_chunk_that_does_not_fit_is_halved_without_running_the_decoder_again(
+    backend: TransformersTeacher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, numbers = random_rows([9] * 8), list(range(8))
+    wanted, head, run = backend.score(rows, numbers), backend._head, mock.Mock(wraps=backend.run_decoder)
+
+    def limited(hidden_ND: torch.Tensor) -> torch.Tensor:
+        if len(hidden_ND) > 10:
+            torch.empty(2**60, dtype=torch.uint8)
+        return head(hidden_ND)
+
+    monkeypatch.setattr(backend, "_head", limited)
+    monkeypatch.setattr(backend, "run_decoder", run)
+    assert_equal(backend.score(rows, numbers), wanted, atol=1e-5)
+    assert run.call_count == 1
 
 
 def test_other_errors_are_not_taken_for_out_of_memory(
@@ -203,6 +221,17 @@ def test_quantisation_without_a_gpu_is_refused_before_the_load(teacher: Path, tm
 def test_a_model_that_is_spread_gives_the_same_labels(teacher: Path) -> None:
     rows = random_rows([7, 7, 3])
     assert_equal(load(teacher, device_map="auto").score(rows, [0, 1, 2]), load(teacher).score(rows, [0, 1, 2]))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_logits_of_half_precision_are_not_rounded(teacher: Path, dtype: str) -> None:
+    loaded = load(teacher, dtype=dtype)
+    with torch.inference_mode():
+        hidden_ND = loaded._hidden(torch.arange(WINDOW)[None])[0]
+        logits_NW = loaded._head(hidden_ND)
+        wanted_NW = torch.nn.functional.linear(hidden_ND.double(), loaded.model.lm_head.weight.double())
+    assert hidden_ND.dtype == getattr(torch, dtype)
+    torch.testing.assert_close(logits_NW.double(), wanted_NW, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,11 +1,12 @@
-"""What only a GPU can show: `make test-gpu`. Elsewhere nothing here is collected."""
+"""What only a GPU can show: `pytest tests/gpu`. Elsewhere, and among other tests, nothing here is collected."""
 
 from typing import Any
 
 import pytest
-import torch
 
-collect_ignore_glob = [] if torch.cuda.is_available() else ["test_*.py"]
+from training.engine import on_gpus
+
+collect_ignore_glob = [] if on_gpus() else ["test_*.py"]
 
 
 @pytest.fixture(scope="session")

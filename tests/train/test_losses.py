@@ -1,6 +1,7 @@
 """Every loss on sparse labels, through the fused path, against plain dense float64 code."""
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from tests.bench.loss import labels, loss_of
 from training.losses import LEGAL_TAILS, LossSums, Objective, SparseTargets, WeightedTargets, linear_losses, soft_losses
 from training.losses.divergences import jsd, reverse_kl
 from training.losses.fused import BLOCK_BYTES, CHUNK_BYTES
+from training.losses.tails import tempered
+from training.losses.targets import merge
 
 N, V, W, D = 9, 23, 29, 6
 FORCED = (2, 11)
@@ -352,3 +355,62 @@ def test_the_mean_over_draws_has_the_gradient_of_full_distillation() -> None:
     full = -(log_p_NV.exp() * problem.logits().log_softmax(-1)).sum()  # rows beyond V have 1 % or so, in no sum
     expected = gradients(full, problem)[0]
     assert float((found - expected).norm() / expected.norm()) < 0.02
+
+
+@pytest.mark.parametrize("tail", LEGAL_TAILS["forward_kl"])
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "tvd"])
+def test_ids_that_a_teacher_rules_out_count_where_everything_is_kept(name: str, tail: str) -> None:
+    if tail == "renormalise":  # which is on the head alone, for teacher and student
+        return
+    problem = make_problem(heads=lambda _: V)
+    log_p_NV = problem.log_p_NV[:, :V].clone()
+    log_p_NV[:, [4, 9]] = -torch.inf
+    log_p_NV = log_p_NV.log_softmax(-1)
+    ids_NK, next_N1 = problem.targets.head_ids_NK, problem.next_ids_N[:, None].clone()
+    next_N1[(next_N1 == 4) | (next_N1 == 9)] = 0
+    gone_N = torch.full((N,), -torch.inf, dtype=torch.float64)
+    targets = SparseTargets.of_heads(
+        ids_NK, log_p_NV.gather(-1, ids_NK), log_p_NV.gather(-1, next_N1)[:, 0], gone_N,
+        (log_p_NV / 2.0).logsumexp(-1)[:, None],
+    )  # fmt: skip
+    problem = problem._replace(targets=targets, next_ids_N=next_N1[:, 0])
+    for temperature in (1.0, 2.0):
+        sums = fused(problem, Objective(V, 1.0, temperature, tail, name, stored=(2.0,)))
+        p_NV, q_NV = (log_p_NV / temperature).softmax(-1), (problem.logits() / temperature).softmax(-1)
+        if name == "reverse_kl" and tail != "uniform":  # the two ids are one bucket, and 2^-126 counts once
+            p_NV = torch.cat([p_NV[:, [v for v in range(V) if v not in (4, 9)]], p_NV[:, [4]]], 1)
+            q_NV = torch.cat([q_NV[:, [v for v in range(V) if v not in (4, 9)]], q_NV[:, [4, 9]].sum(1, True)], 1)
+        online = temperature**2 * distance(name, 0.5, p_NV, q_NV).sum()
+        torch.testing.assert_close(sums.loss, online, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 4.0])
+@pytest.mark.parametrize("steepness", [1.0, 6.0, 30.0])
+def test_rounding_of_the_head_does_not_make_a_tail(temperature: float, steepness: float) -> None:
+    """Log-probs of the head are off by a hundredth, as by a codec, and at T = 1 sum to what the tail leaves."""
+    g = torch.Generator().manual_seed(0)
+    logits_NV = torch.randn(50, 1000, generator=g, dtype=torch.float64) * steepness
+    log_p_NV, k = logits_NV.log_softmax(-1), 64
+    ids_NK = log_p_NV.topk(k).indices
+    exact_NK = log_p_NV.gather(-1, ids_NK)
+    tail_N = log_p_NV.scatter(-1, ids_NK, -torch.inf).logsumexp(-1)
+    rounded_NK = exact_NK + torch.randn(50, k, generator=g, dtype=torch.float64) / 100
+    rounded_NK += (torch.log1p(-tail_N.exp()) - rounded_NK.logsumexp(-1))[:, None]
+    partition_N = (log_p_NV / temperature).logsumexp(-1)
+    targets = SparseTargets.of_heads(ids_NK, rounded_NK.float(), exact_NK[:, 0].float(), tail_N.float())
+    entries, (labels,) = merge(ids_NK[:, 0], [targets], torch.float32)
+    found = tempered(labels, partition_N.float(), temperature, 1000)
+    a, n = 1 / temperature, 1000 - k
+    truth_N = (log_p_NV.scatter(-1, ids_NK, -torch.inf) * a).logsumexp(-1) - partition_N
+    least_N, most_N = a * tail_N - partition_N, a * tail_N - partition_N + (1 - a) * math.log(n)
+    assert (
+        (truth_N >= torch.minimum(least_N, most_N) - 1e-9) & (truth_N <= torch.maximum(least_N, most_N) + 1e-9)
+    ).all()
+    slack = abs(1 - a) * math.log(2000)  # nats between the bounds
+    off_N = (found.log_tail_N.double() - truth_N).abs()
+    assert ((off_N <= slack + 1e-3) | (found.log_tail_N.exp() - truth_N.exp()).abs().lt(0.03)).all()
+    faint_N = truth_N < -20  # where 1 − Σ p is nothing but rounding
+    assert (found.log_tail_N.exp()[faint_N] <= 1e-4).all()
+    assert faint_N.sum() > 20 or steepness < 30 or temperature == 4
+    total_N = torch.where(entries.present_NE, found.log_p_NE, -torch.inf).exp().sum(-1) + found.log_tail_N.exp()
+    torch.testing.assert_close(total_N, torch.ones(50), atol=2e-6, rtol=0)

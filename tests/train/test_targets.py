@@ -58,7 +58,7 @@ def make_store(folder: Path, kind: str) -> tuple[LogitStore, list[torch.Tensor]]
 
 def labels_of(store: LogitStore, prefixes: list[Prefix]) -> tuple[SparseTargets, torch.Tensor, torch.Tensor]:
     batch = collate(Source.of(store), prefixes)
-    return batch.targets[0].targets, batch.next_ids_N, batch.valid_BL
+    return batch.targets[0].targets, batch.next_ids_N, batch.valid_N
 
 
 PREFIXES = [Prefix(0, 11), Prefix(2, 13), Prefix(1, 4)]
@@ -67,9 +67,9 @@ PREFIXES = [Prefix(0, 11), Prefix(2, 13), Prefix(1, 4)]
 @pytest.mark.parametrize("kind", list(KINDS))
 def test_a_teacher_is_at_no_distance_from_its_own_labels(tmp_path: Path, kind: str) -> None:
     store, logits = make_store(tmp_path, kind)
-    targets, next_ids_N, valid_BL = labels_of(store, PREFIXES)
+    targets, next_ids_N, valid_N = labels_of(store, PREFIXES)
     masks = [store.tokens(prefix.row).carries_loss_P[: prefix.positions] for prefix in PREFIXES]
-    assert valid_BL.tolist() == [[*mask.tolist(), *[False] * (13 - len(mask))] for mask in masks]
+    assert valid_N.tolist() == [13 * i + int(place) for i, mask in enumerate(masks) for place in np.flatnonzero(mask)]
     logits_NV = torch.cat([logits[p.row][: p.positions][mask] for p, mask in zip(PREFIXES, masks, strict=True)])
     assert len(next_ids_N) == len(logits_NV) == len(targets.tail_logmass_N) == sum(map(sum, masks)) < 28
     stored = tuple(store.manifest["temperatures"])
@@ -95,7 +95,7 @@ def test_draws_and_what_is_kept_make_one(tmp_path: Path, kind: str, temperature:
     part = Part.of(Objective(V), next_ids_N, [WeightedTargets(1.0, targets)], torch.float64)
     (labels,) = part.labels
     partition_N = log_partition(part.log_partition[0], stored, temperature)
-    teacher = tempered(labels, temperature, partition_N)
+    teacher = tempered(labels, partition_N, temperature, V)
     share_NE = labels.draws_NE / labels.draws_NE.sum(-1, keepdim=True).clamp(min=1) * teacher.log_tail_N.exp()[:, None]
     torch.testing.assert_close((teacher.log_p_NE.exp() + share_NE).sum(-1), torch.ones(11).double(), rtol=0, atol=1e-5)
     exact_NE = (logits[0] / temperature).log_softmax(-1).gather(-1, part.entries.ids_NE).double()
@@ -117,7 +117,7 @@ def test_ragged_rows_and_none_at_all_collate(tmp_path: Path) -> None:
     whole, _, _ = labels_of(store, [Prefix(i, len(row.tokens.input_ids_T) - 1) for i, row in enumerate(rows)])
     assert whole.forced_logprobs_NF.shape == (len(whole.tail_logmass_N), 2)
     batch = collate(Source.of(store), [])
-    assert (batch.input_ids_BL.shape, int(batch.valid_BL.sum()), len(batch.next_ids_N)) == ((1, 1), 0, 0)
+    assert (batch.input_ids_BL.shape, len(batch.valid_N), len(batch.next_ids_N)) == ((1, 1), 0, 0)
     empty = batch.targets[0].targets
     assert [c.dtype for c in empty] == [c.dtype for c in whole]
     assert [len(c) for c in empty] == [0] * len(empty)
@@ -214,5 +214,5 @@ def test_tokens_alone_serve_cross_entropy_alone(tmp_path: Path) -> None:
     batch = collate(Source.of(store), [Prefix(0, 8)])
     mask = store.tokens(0).loss_mask_P
     assert mask is not None
-    assert batch.valid_BL.tolist() == [mask.tolist()]
+    assert batch.valid_N.tolist() == np.flatnonzero(mask).tolist()
     assert batch.next_ids_N.tolist() == store.tokens(0).input_ids_T[1:][mask].tolist()

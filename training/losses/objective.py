@@ -7,13 +7,13 @@ Shapes: N positions, E entries, W student rows, V vocabulary.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from training.losses.divergences import log_sum
-from training.losses.tails import StudentView, soft_loss, tempered
+from training.losses.tails import StudentView, Tempered, soft_loss, tempered
 from training.losses.targets import Entries, Labels, SparseTargets, WeightedTargets, merge
 from training.losses.temperatures import log_partition
 
@@ -75,13 +75,15 @@ class Statistics(NamedTuple):
 
 
 class Part(NamedTuple):
-    """A chunk's labels, ready to be compared with its logits."""
+    """The labels of some positions, ready to be compared with logits: all that does not depend on the student."""
 
     entries: Entries
     labels: list[Labels]
     weights: list[float]
     log_partition: list[Tensor]
     """log_partition_NS of each teacher."""
+    teachers: list[Tempered] | None
+    """Each teacher at T; None where T is learned, and they depend on it."""
 
     @classmethod
     def of(cls, objective: Objective, next_ids_N: Tensor, teachers: Sequence[WeightedTargets], dtype: torch.dtype
@@ -90,7 +92,26 @@ class Part(NamedTuple):
         asked = teachers if objective.alpha > 0 else ()
         entries, labels = merge(next_ids_N, [teacher.targets for teacher in asked], dtype)
         partitions = [teacher.targets.log_partition_NS.to(dtype) for teacher in asked]
-        return cls(entries, labels, [teacher.weight for teacher in asked], partitions)
+        part = cls(entries, labels, [teacher.weight for teacher in asked], partitions, None)
+        if isinstance(objective.temperature, Tensor):
+            return part
+        return part._replace(teachers=part.tempered(objective))
+
+    def at(self, positions: slice) -> "Part":
+        """Some of the positions, as views."""
+
+        def of(columns: Any) -> Any:
+            return type(columns)(*(column[positions] for column in columns))
+
+        teachers = None if self.teachers is None else [of(teacher) for teacher in self.teachers]
+        partitions = [log_partition_NS[positions] for log_partition_NS in self.log_partition]
+        return Part(of(self.entries), [of(labels) for labels in self.labels], self.weights, partitions, teachers)
+
+    def tempered(self, objective: Objective) -> list[Tempered]:
+        """Each teacher at the objective's T."""
+        temperature, size = objective.temperature, objective.vocabulary_size
+        partitions = (log_partition(a_NS, objective.stored, temperature) for a_NS in self.log_partition)
+        return [tempered(*of, temperature, size) for of in zip(self.labels, partitions, strict=True)]
 
 
 def loss_sums(objective: Objective, part: Part, statistics: Statistics) -> LossSums:
@@ -102,8 +123,9 @@ def loss_sums(objective: Objective, part: Part, statistics: Statistics) -> LossS
     kd = torch.zeros_like(ce)
     if part.labels:
         view = _view(objective, logits_NE, statistics.rest_lse_at_T_N, statistics.rest_NW)
-        parts = zip(part.weights, part.labels, part.log_partition, strict=True)
-        kd = torch.stack([w * _distance(objective, part.entries, label, a, view).sum() for w, label, a in parts]).sum()
+        kd = torch.stack(
+            [w * kd_N.sum() for w, kd_N in zip(part.weights, _distances(objective, part, view), strict=True)]
+        ).sum()
     loss = (1 - objective.alpha) * ce + objective.z_loss * z
     return LossSums(loss + objective.alpha * kd if part.labels else loss, kd, ce, z)
 
@@ -117,7 +139,7 @@ def soft_losses(logits_NW: Tensor, next_ids_N: Tensor, targets: SparseTargets, o
     rest_NW[:, objective.vocabulary_size :] = -torch.inf
     logits_NE = torch.where(part.entries.present_NE, logits_NE, -torch.inf)
     view = _view(objective, logits_NE, log_sum(rest_NW / objective.temperature), rest_NW)
-    return _distance(objective, part.entries, part.labels[0], part.log_partition[0], view)
+    return _distances(objective, part, view)[0]
 
 
 def _view(objective: Objective, logits_NE: Tensor, rest_lse_at_T_N: Tensor, rest_NW: Tensor | None) -> StudentView:
@@ -136,11 +158,12 @@ def _divided(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return torch.where(gone, -torch.inf, torch.where(gone, 0.0, logits) / temperature)
 
 
-def _distance(
-    objective: Objective, entries: Entries, labels: Labels, log_partition_NS: Tensor, view: StudentView
-) -> Tensor:
-    temperature = objective.temperature
-    teacher = tempered(labels, temperature, log_partition(log_partition_NS, objective.stored, temperature))
+def _distances(objective: Objective, part: Part, view: StudentView) -> list[Tensor]:
+    """T² · D(teacher ‖ student) of each teacher, [N]."""
+    teachers = part.tempered(objective) if part.teachers is None else part.teachers
     name, beta, tail = objective.divergence, objective.beta, objective.tail
-    distance_N = soft_loss(name, beta, tail, objective.vocabulary_size, entries, labels, teacher, view)
-    return temperature**2 * distance_N
+    return [
+        objective.temperature**2
+        * soft_loss(name, beta, tail, objective.vocabulary_size, part.entries, labels, teacher, view)
+        for labels, teacher in zip(part.labels, teachers, strict=True)
+    ]

@@ -53,6 +53,7 @@ class TorchRest:
         if by_lse_at_T_C is not None:
             factor_C = per_exponential(by_lse_at_T_C, self._sum_at_T_C1[:, 0]) / self._temperature
             gradient_CW += self._exp_at_T_CW.mul_(factor_C[:, None])
+            del self._exp_at_T_CW  # the cast needs its room
         return gradient_CW.to(dtype)
 
 

@@ -65,24 +65,29 @@ def _gradient(  # type: ignore[no-untyped-def]
     logits_CW, stride, width, inverse_T, largest_C, factor_C, factor_at_T_C, gradient_CW, gradient_stride,
     AT_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A program per block of a position: exp(x) · factor + exp(x / T) · factor at T."""
+    """A program per position: exp(x) · factor + exp(x / T) · factor at T, in the place of its logits.
+
+    Gradients of half precision fill the first half of a row's bytes. Blocks go from left to right, so that they are
+    written where all has been read: within the first block by the barrier, later ones lie behind what is still to come.
+    """
     row = tl.program_id(0)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = columns < width
-    x = tl.load(logits_CW + row.to(tl.int64) * stride + columns, mask=inside, other=float("-inf"))
-    x -= tl.load(largest_C + row)
-    gradient = tl.exp(x) * tl.load(factor_C + row)
-    if AT_T:
-        gradient += tl.exp(x * inverse_T) * tl.load(factor_at_T_C + row)
-    tl.store(
-        gradient_CW + row.to(tl.int64) * gradient_stride + columns,
-        gradient.to(gradient_CW.dtype.element_ty),
-        mask=inside,
-    )
+    logits_W = logits_CW + row.to(tl.int64) * stride
+    gradient_W = gradient_CW + row.to(tl.int64) * gradient_stride
+    largest, factor = tl.load(largest_C + row), tl.load(factor_C + row)
+    factor_at_T = tl.load(factor_at_T_C + row)
+    columns = tl.arange(0, BLOCK)
+    for start in range(0, width, BLOCK):
+        inside = start + columns < width
+        x = tl.load(logits_W + start + columns, mask=inside, other=float("-inf")) - largest
+        gradient = tl.exp(x) * factor
+        if AT_T:
+            gradient += tl.exp(x * inverse_T) * factor_at_T
+        tl.debug_barrier()
+        tl.store(gradient_W + start + columns, gradient.to(gradient_CW.dtype.element_ty), mask=inside)
 
 
 class TritonRest:
-    """Keeps the logits, and makes their gradient from them; in their place where it is float32 too. See `rest.Rest`."""
+    """Keeps the logits, and makes their gradient from them, in their place. See `rest.Rest`."""
 
     def __init__(self, logits_CW: Tensor, temperature: float | None, learned: bool) -> None:
         """``logits_CW`` is float32, its rows contiguous."""
@@ -111,13 +116,13 @@ class TritonRest:
         """See `rest.Rest`."""
         logits_CW = self._logits_CW
         num_positions, width = logits_CW.shape
-        gradient_CW = logits_CW if dtype == torch.float32 else torch.empty_like(logits_CW, dtype=dtype)
+        gradient_CW = logits_CW.view(dtype)[:, :width]
         factor_C = per_exponential(by_lse_C, self._sum_C).contiguous()
         factor_at_T_C = factor_C
         if by_lse_at_T_C is not None:
             factor_at_T_C = (per_exponential(by_lse_at_T_C, self._sum_at_T_C) * self._inverse_T).contiguous()
         with torch.cuda.device_of(logits_CW):
-            _gradient[(num_positions, triton.cdiv(width, BLOCK))](
+            _gradient[(num_positions,)](
                 logits_CW, logits_CW.stride(0), width, self._inverse_T, self._largest_C, factor_C, factor_at_T_C,
                 gradient_CW, gradient_CW.stride(0), AT_T=by_lse_at_T_C is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
             )  # fmt: skip

@@ -12,11 +12,13 @@ that it compares are:
     ground_truth  H and x: r goes to the next token            p on H, + r at x                           q
     sampled       kept and drawn ids: a draw has weight tail/m p on kept, tail · draws / m                q
 
-At K = V all are D(p ‖ q) over the vocabulary, but for what the teacher gives to rows beyond V. All are ≥ 0.
+At K = V all are D(p ‖ q) over the vocabulary, but for what the teacher gives to rows beyond V: without that mass p sums
+to less than one. All are ≥ 0, where p sums to one.
 
 Legal pairs and what they cost (shares of the gain of full KD over cross-entropy, and calibration errors, are those of
 RS-KD, arXiv 2503.16870): forward KL goes with all. The others compare q's mass outside H with something, and so need
-`ghost`, `uniform` or `renormalise` (where the student is renormalised on the same ids), or K = V.
+`ghost`, `uniform` or `renormalise` (where the student is renormalised on the same ids), or K = V, where all else is
+`ghost`: an id that the teacher rules out is no entry of its head, and what q gives to it must count.
 
 - ``ghost`` recovers 59 % at k = 12 with a calibration error of 0.4 %; how q spreads the bucket is left to it.
 - ``renormalise`` costs most: −99 % at k = 12, 55 % at 100; it teaches a student to be too sure. Where the student is
@@ -28,6 +30,7 @@ RS-KD, arXiv 2503.16870): forward KL goes with all. The others compare q's mass 
   KL(p ‖ q), which would need log p of the draws, but that of the sample.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -63,17 +66,32 @@ class Tempered(NamedTuple):
     """Of everything that is not kept."""
 
 
-def tempered(labels: Labels, temperature: float | Tensor, log_partition_N: Tensor) -> Tempered:
-    """The teacher at T: log p / T − A_T. What is left comes from the exact tail at T = 1, from 1 − Σ p otherwise."""
+def tempered(labels: Labels, log_partition_N: Tensor, temperature: float | Tensor, vocabulary_size: int) -> Tempered:
+    """The teacher at T: log p / T − A_T of what it keeps. The tail is exact at T = 1.
+
+    At others it is 1 − Σ p, within what the tail at T = 1 allows. With a = 1/T, tail mass m and n ids in the tail,
+    Σ p^a over these is between m^a, all of it on one id, and n^(1 − a) · m^a, the same on each (power means). Rounding
+    of a head that holds nearly everything would otherwise make a tail of 1e-3 where there is one of 1e-14, or none.
+    Where that happens the head is scaled to what the tail leaves, as a reader of the store does at T = 1.
+    """
     kept_NE = labels.logprobs_NE > -torch.inf
     finite_NE = torch.where(kept_NE, labels.logprobs_NE, 0.0)
     log_p_NE = torch.where(kept_NE, finite_NE / temperature - log_partition_N[:, None], -torch.inf)
+    elsewhere_NE = torch.where(labels.in_head_NE, -torch.inf, log_p_NE)
     if isinstance(temperature, float) and temperature == 1.0:
-        elsewhere_NE = torch.where(labels.in_head_NE, -torch.inf, log_p_NE)
         outside_N = log_sum(torch.cat([elsewhere_NE, labels.tail_logmass_N[:, None]], 1))
         return Tempered(log_p_NE, outside_N, labels.tail_logmass_N)
-    head_NE = torch.where(labels.in_head_NE, log_p_NE, -torch.inf)
-    return Tempered(log_p_NE, _log_rest(head_NE), _log_rest(log_p_NE))
+    found_N = _log_rest(log_p_NE)
+    has_tail_N = labels.tail_logmass_N > -torch.inf
+    on_one_N = torch.where(has_tail_N, labels.tail_logmass_N, 0.0) / temperature - log_partition_N
+    # A teacher's head may have rows beyond V: twice as many ids are never too few.
+    on_all_N = on_one_N + (1 - 1 / temperature) * math.log(2 * vocabulary_size)
+    low_N, high_N = torch.minimum(on_one_N, on_all_N), torch.maximum(on_one_N, on_all_N)
+    log_tail_N = torch.where(has_tail_N, torch.minimum(torch.maximum(found_N, low_N), high_N), -torch.inf)
+    outside_N = log_sum(torch.cat([elsewhere_NE, log_tail_N[:, None]], 1))
+    head_N = log_sum(torch.where(labels.in_head_NE, log_p_NE, -torch.inf))
+    scale_N = torch.where((log_tail_N != found_N) & (head_N > -torch.inf), _log_left(outside_N) - head_N, 0.0)
+    return Tempered(torch.where(labels.in_head_NE, log_p_NE + scale_N[:, None], log_p_NE), outside_N, log_tail_N)
 
 
 def soft_loss(
@@ -82,6 +100,8 @@ def soft_loss(
 ) -> Tensor:  # fmt: skip
     """D(teacher ‖ student) at the temperature of both, [N], under the treatment ``tail`` of this module."""
     log_q_NE = student.log_q_NE
+    if tail not in LEGAL_TAILS[name]:  # K = V
+        tail = "ghost"
     num_head_N = labels.in_head_NE.sum(-1)
     # A head of V ids has nothing outside: what is left of the mass is on teacher rows that no student has.
     log_r_N = torch.where(num_head_N == vocabulary_size, -torch.inf, teacher.log_outside_N)
@@ -130,3 +150,8 @@ def _log_rest(log_p_NE: Tensor) -> Tensor:
     """log(1 − Σ p), −inf where rounding has left nothing."""
     rest_N = 1.0 - log_p_NE.exp().sum(-1)
     return torch.where(rest_N > 0, rest_N.clamp(min=torch.finfo(rest_N.dtype).tiny).log(), -torch.inf)
+
+
+def _log_left(log_mass_N: Tensor) -> Tensor:
+    """log(1 − mass), of a mass below one."""
+    return (-log_mass_N.exp()).clamp(min=torch.finfo(log_mass_N.dtype).eps - 1).log1p()
