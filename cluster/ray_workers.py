@@ -51,9 +51,17 @@ def call(worker: Worker, method: str, *arguments: Any) -> Any:
 
 
 def wait(calls: list[Any], timeout_s: float) -> list[Any]:
-    """Those of the calls that have ended, at least one of them unless ``timeout_s`` passes."""
+    """Those of the calls that have ended, at least one of them unless ``timeout_s`` passes.
+
+    Raises DecantError: a cluster that this process has started is dead. None of them would ever end, and no call of
+    Ray says so; after a minute without its books, Ray ends this process.
+    """
     import ray
 
+    node = ray._private.worker._global_node
+    dead = {kind for kind, _process in node.dead_processes()} if node is not None else set()
+    if dead & {"gcs_server", "raylet"}:
+        raise DecantError(f"the local Ray cluster has died ({', '.join(sorted(dead))}): run the same command again")
     if not calls:
         time.sleep(timeout_s)
         return []

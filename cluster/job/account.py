@@ -26,6 +26,7 @@ class Account:
         self.worker_seconds = 0.0
         self.started = self._counted = time.monotonic()
         self._recent: deque[tuple[float, int]] = deque()
+        self._recent_tokens = 0
 
     def take(self, event: Event) -> None:
         """Count an event in."""
@@ -39,9 +40,10 @@ class Account:
         """Rate of the last two minutes, or since the first shard was begun."""
         if not self._recent:
             return 0.0
-        first = self._recent[0][0] if len(self._recent) > 1 else self.started
-        tokens = sum(tokens for _, tokens in list(self._recent)[1:]) if len(self._recent) > 1 else self._recent[0][1]
-        return tokens / max(time.monotonic() - first, 1e-9)
+        since, tokens = self.started, self._recent_tokens
+        if len(self._recent) > 1:  # between the first of them and now
+            since, tokens = self._recent[0][0], tokens - self._recent[0][1]
+        return tokens / max(time.monotonic() - since, 1e-9)
 
     @property
     def seconds_left(self) -> float | None:
@@ -98,8 +100,9 @@ class Account:
         self.tokens_left = max(0, self.tokens_left - fields["tokens"])
         self.seconds.update(fields["seconds"])
         self._recent.append((now, fields["tokens"]))
+        self._recent_tokens += fields["tokens"]
         while len(self._recent) > 2 and self._recent[0][0] < now - RATE_WINDOW_S:
-            self._recent.popleft()
+            self._recent_tokens -= self._recent.popleft()[1]
 
     def _take_probed(self, fields: dict[str, Any]) -> None:
         self.num_probes += 1
@@ -109,4 +112,6 @@ class Account:
         self.left_out.append(fields)
 
     def _take_given_up(self, fields: dict[str, Any]) -> None:
+        """It was not for the rows of this shard that workers died, then: another run tries them again."""
+        self.left_out = [row for row in self.left_out if row["shard"] != fields["shard"]]
         self.given_up.append(fields)

@@ -6,6 +6,7 @@ import socket
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ STATUS = "status.json"
 STATUS_EVERY_S = {True: 2.0, False: 15.0}
 """Seconds between two writes of the status, on local disks and elsewhere, where each write costs money."""
 LOG_EVERY_S = 30.0
-"""Seconds between two parts of the log where files cannot grow."""
+"""Seconds between two parts of the log where files cannot grow, and between attempts where it could not be written."""
+MAX_LINES_KEPT = 5000
+"""Of a log that could not be written, the last lines that wait for the next attempt."""
 
 
 class Journal:
     """The job's folder: `STORE.job/status.json`, rewritten all the time, and `STORE.job/log-….jsonl`, a line per event.
 
-    A job must not die because it cannot write about itself: the first failure is said on stderr. Lines wait
+    A job must not die because it cannot write about itself: the first failure is said on stderr. The last lines wait
     for the next attempt.
     """
 
@@ -40,14 +43,17 @@ class Journal:
         """Add a line."""
         line = json.dumps({"time": round(time.time(), 3), "event": event, **fields})
         self._lines.append(line + "\n")
-        if self.storage.is_local or time.monotonic() - self._last_flush > LOG_EVERY_S:
+        if self._is_broken:
+            del self._lines[:-MAX_LINES_KEPT]
+        is_cheap = self.storage.is_local and not self._is_broken
+        if is_cheap or time.monotonic() - self._last_flush > LOG_EVERY_S:
             self._attempt(self._flush)
 
-    def status(self, state: str, figures: dict[str, Any], now: bool = False) -> None:
+    def status(self, state: str, figures: Callable[[], dict[str, Any]], now: bool = False) -> None:
         """Say how things stand (``running``, ``finished``, ``failed``, ``interrupted``), unless it was just said."""
         if now or time.monotonic() - self._last_status >= STATUS_EVERY_S[self.storage.is_local]:
             self._last_status = time.monotonic()
-            said = {**self._about, "state": state, "started": self._started, "updated": time.time(), **figures}
+            said = {**self._about, "state": state, "started": self._started, "updated": time.time(), **figures()}
             self._attempt(lambda: self._replace(STATUS, json.dumps(said, indent=1).encode()))
 
     def close(self) -> None:

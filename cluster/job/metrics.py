@@ -33,7 +33,7 @@ class Metrics:
     """The driver's meters: it hears of everything, so that workers need none."""
 
     def __init__(self, store_url: str) -> None:
-        self._tags = {"store": store_url.rstrip("/").rsplit("/", 1)[-1]}
+        self._tags = {"store": store_url.rstrip("/")}
         self._meters = {metric.name: ray_workers.meter(*metric) for metric in METRICS}
 
     def take(self, event: Event, account: Account) -> None:

@@ -1,5 +1,6 @@
 """The pool of teacher workers: keeps them alive and busy with what the schedule says, and tells what happens."""
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ from logit_store.errors import DecantError, TeacherError, UnavailableError
 
 TICK_S = 1.0
 """The longest that the pool is silent."""
+STARTS_UNTIL_LATE = 2
+"""Times that the quickest start took, after which one is taken to wait for a place."""
+ANSWERS_UNTIL_HUNG = 20
+"""Times that the longest answer took, after which a worker hangs; `cluster.hung_after_s` at the least."""
 
 
 class Event(NamedTuple):
@@ -30,8 +35,14 @@ class _Slot:
 
     number: int
     worker: Any = None
+    arriving: Any = None
+    """What the first call, which returns as soon as the worker has a place, will return; None once it has."""
     starting: Any = None
     """What the call that loads the teacher will return; None once it has."""
+    asked_at: float = 0.0
+    """When the worker was asked for."""
+    heard_at: float | None = None
+    """When it answered last, or was given work after it had none; None while it waits for a place."""
     tasks: dict[Any, Task] = field(default_factory=dict)
     is_fresh: bool = True
     failed_starts: int = 0
@@ -50,6 +61,7 @@ class Pool:
         self._worker, self._arguments = worker, arguments
         self._retired: list[int] = []
         self._has_started = False
+        self._quickest_start_s, self._longest_answer_s = math.inf, 0.0
         self._slots = [_Slot(number) for number in range(min(config.workers, schedule.num_left))]
 
     def run(self) -> Iterator[Event]:
@@ -76,31 +88,42 @@ class Pool:
         """Start a worker in an empty place, if there is something left for it."""
         if slot.worker is None and slot.not_before <= now and self.schedule.num_left > self._num_in_flight():
             slot.worker = ray_workers.start_worker(self.config, self._worker, self._arguments)
+            slot.arriving = ray_workers.call(slot.worker, "arrive")
             slot.starting = ray_workers.call(slot.worker, "start")
-            slot.is_fresh = True
+            slot.is_fresh, slot.asked_at, slot.heard_at = True, now, None
 
     def _num_in_flight(self) -> int:
         return sum(len(slot.tasks) for slot in self._slots)
 
     def _feed(self, slot: _Slot, now: float) -> None:
         """Give the worker as much as it can have."""
-        if slot.is_ready and slot.is_fresh and not slot.tasks:
-            # What waits for a worker that is still to start, and may find no place, can be done here as well.
-            waiting = (other for other in self._slots if other is not slot and not other.is_ready)
-            for other in waiting:
-                if self.schedule.needs_fresh_worker(other.number):
-                    self.schedule.hand_over(other.number, slot.number)
-                    break
+        if slot.is_ready and slot.is_fresh:
+            self._take_over(slot, now)
         while slot.is_ready:
             task = self.schedule.next(slot.number, len(slot.tasks), slot.is_fresh, now)
             if task is None:
                 break
+            if not slot.tasks:
+                slot.heard_at = now
             slot.tasks[ray_workers.call(slot.worker, "work", task)] = task
             slot.is_fresh = False
-        if slot.is_ready and not slot.is_fresh and not slot.tasks and self.schedule.needs_fresh_worker(slot.number):
-            self._retired.append(slot.number)
-            self._empty(slot)
-            self._fill(slot, now)
+        if slot.is_ready and not slot.is_fresh and not slot.tasks:
+            if not self.schedule.needs_fresh_worker(slot.number):
+                self._take_over(slot, now - STARTS_UNTIL_LATE * self._quickest_start_s)
+            if self.schedule.needs_fresh_worker(slot.number):
+                self._retired.append(slot.number)
+                self._empty(slot)
+                self._fill(slot, now)
+
+    def _take_over(self, slot: _Slot, asked_before: float) -> None:
+        """Let an idle worker have what waits for a fresh one that is still to start: that may find no place any more.
+        A fresh one can do it at once; another makes room, and whichever starts first has it.
+        """
+        for other in self._slots:
+            is_waiting = not other.is_ready and self.schedule.needs_fresh_worker(other.number)
+            if is_waiting and other.asked_at <= asked_before:
+                self.schedule.hand_over(other.number, slot.number)
+                return
 
     def _collect(self, now: float) -> Iterator[Event]:
         """Wait until something happens, and tell it."""
@@ -108,7 +131,8 @@ class Pool:
         self._retired.clear()
         waited_for: dict[Any, _Slot] = {}
         for slot in self._slots:
-            waited_for |= dict.fromkeys([*slot.tasks, *([] if slot.starting is None else [slot.starting])], slot)
+            calls = [*slot.tasks, *(call for call in (slot.arriving, slot.starting) if call is not None)]
+            waited_for |= dict.fromkeys(calls, slot)
         wakes = [self.schedule.wakes_at(), *(slot.not_before for slot in self._slots if slot.worker is None)]
         delays = [at - now for at in wakes if at is not None and at > now]
         done = ray_workers.wait(list(waited_for), max(0.01, min(TICK_S, *delays)) if delays else TICK_S)
@@ -133,12 +157,34 @@ class Pool:
             yield from self._succeeded(slot, reference, result)
         for number, end in dead.items():
             yield from self._died(self._slots[number], end)
+        yield from self._end_hung()
         if not done:
             yield Event("tick", {})
 
+    def _hear(self, slot: _Slot) -> None:
+        """Note that the worker has answered."""
+        now = time.monotonic()
+        if slot.heard_at is not None:
+            self._longest_answer_s = max(self._longest_answer_s, now - slot.heard_at)
+        slot.heard_at = now
+
+    def _end_hung(self) -> Iterator[Event]:
+        """Replace workers that have had something to do, and not answered, for longer than any work takes."""
+        now, patience_s = time.monotonic(), max(self.config.hung_after_s, ANSWERS_UNTIL_HUNG * self._longest_answer_s)
+        for slot in self._slots:
+            is_busy = slot.starting is not None or slot.tasks
+            if is_busy and slot.heard_at is not None and now - slot.heard_at > patience_s:
+                reason = f"it has not answered for {patience_s:g} seconds (cluster.hung_after_s)"
+                yield from self._died(slot, WorkerDied(Cause.PROCESS, reason))
+
     def _succeeded(self, slot: _Slot, reference: Any, result: dict[str, Any]) -> Iterator[Event]:
+        self._hear(slot)
+        if reference == slot.arriving:
+            slot.arriving = None
+            return
         if reference == slot.starting:
             slot.starting, slot.failed_starts, self._has_started = None, 0, True
+            self._quickest_start_s = min(self._quickest_start_s, time.monotonic() - slot.asked_at)
             yield Event("started", {"worker": slot.number, **result})
             return
         task = slot.tasks.pop(reference)
@@ -150,6 +196,7 @@ class Pool:
         if reference == slot.starting:
             yield from self._died(slot, WorkerDied(Cause.STORAGE, str(error)))
             return
+        self._hear(slot)
         task = slot.tasks.pop(reference)
         self.schedule.failed(slot.number, task, Cause.STORAGE, str(error), time.monotonic())
         fields = {"worker": slot.number, "cause": str(Cause.STORAGE), "reason": str(error)}
@@ -158,10 +205,14 @@ class Pool:
 
     def _died(self, slot: _Slot, death: WorkerDied) -> Iterator[Event]:
         now, tasks = time.monotonic(), list(slot.tasks.values())
-        slot.failed_starts += slot.starting is not None
+        if slot.is_ready:
+            self.schedule.died(slot.number, tasks, death.cause, death.reason, now)
+        else:
+            slot.failed_starts += 1
+            slot.not_before = now + self.schedule.limits.delay_s(slot.failed_starts)
+            others_work = any(other.is_ready for other in self._slots)
+            self.schedule.start_failed(slot.number, death.cause, death.reason, others_work)
         self._empty(slot)
-        slot.not_before = now + self.schedule.limits.delay_s(slot.failed_starts) if slot.failed_starts else 0.0
-        self.schedule.died(slot.number, tasks, death.cause, death.reason, now)
         fields = {"worker": slot.number, "cause": str(death.cause), "reason": death.reason}
         yield Event("died", {**fields, "tasks": [_described(task) for task in tasks]})
         yield from self._verdicts()
@@ -173,7 +224,7 @@ class Pool:
     def _empty(self, slot: _Slot) -> None:
         """End the worker for certain: one that only seems dead must not go on beside its successor."""
         ray_workers.stop_workers([slot.worker], gently=False)
-        slot.worker, slot.starting, slot.tasks = None, None, {}
+        slot.worker, slot.arriving, slot.starting, slot.tasks = None, None, None, {}
 
 
 def _described(task: Task) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 A shard whose worker died is tried again, alone on a worker. If it takes a second worker down, its rows are probed in
 halves, their labels thrown away, until a single row has killed three fresh workers: that row is left out, and the
 shard made without it. Where every part of it passes, the deaths came from outside, and the whole is tried again.
+A row is left out once; where that does not help, the whole is tried until its attempts are used up.
 Where memory ran out, batches are halved some times before rows are probed.
 Deaths of nodes count against nobody.
 """
@@ -61,7 +62,8 @@ class Limits:
 
     def delay_s(self, attempts: int) -> float:
         """Seconds until the next attempt."""
-        return min(MAX_DELAY_S, self.retry_delay_s * 2.0 ** max(attempts - 1, 0))
+        doublings = min(max(attempts - 1, 0), 64)  # a float holds 1023
+        return min(MAX_DELAY_S, self.retry_delay_s * 2.0**doublings)
 
     @property
     def max_failures_in_a_row(self) -> int:
@@ -182,10 +184,18 @@ class Schedule:
         self._reserved[successor] = self._reserved.pop(worker)
 
     def died(self, worker: int, tasks: Sequence[Task], cause: Cause, reason: str, now: float) -> None:
-        """The worker died with these tasks in flight, of which any may be to blame; or could not even start."""
+        """The worker died with these tasks in flight, of which any may be to blame."""
         self._count(cause, reason)
         for task in tasks:
             self._retry(worker, task, cause, reason, now)
+        self._reserved.pop(worker, None)
+
+    def start_failed(self, worker: int, cause: Cause, reason: str, others_work: bool) -> None:
+        """The worker could not even start. Where others have, it is no sign that nothing works: they may be busy for
+        long, and its machine may never be well.
+        """
+        if not others_work:
+            self._count(cause, reason)
         self._reserved.pop(worker, None)
 
     def failed(self, worker: int, task: Task, cause: Cause, reason: str, now: float) -> None:
@@ -256,7 +266,13 @@ class Schedule:
 
     def _suspect_all(self, trouble: _Trouble) -> None:
         trouble.deaths, trouble.strikes, trouble.has_new_convictions = 0, 0, False
-        trouble.suspects.extend(_halves(range(self._num_rows(trouble.shard))))
+        self._suspect_halves(trouble, range(self._num_rows(trouble.shard)))
+
+    def _suspect_halves(self, trouble: _Trouble, rows: range) -> None:
+        """Have those halves probed, after all others, that hold more than rows that are left out already."""
+        middle = len(rows) // 2
+        halves = rows[:middle], rows[middle:]
+        trouble.suspects.extend(half for half in halves if any(row not in trouble.left_out for row in half))
 
     def _probe_failed(self, trouble: _Trouble, cause: Cause, reason: str) -> None:
         if cause == Cause.STORAGE:
@@ -264,7 +280,7 @@ class Schedule:
         suspect = trouble.suspects[0]
         if len(suspect) > 1:
             trouble.suspects.popleft()
-            trouble.suspects.extend(_halves(suspect))  # at the end: parts that pass come in between
+            self._suspect_halves(trouble, suspect)  # at the end: parts that pass come in between
             return
         trouble.strikes += 1
         if trouble.strikes == STRIKES:
@@ -277,8 +293,6 @@ class Schedule:
     def _next_suspect(self, trouble: _Trouble) -> None:
         trouble.suspects.popleft()
         trouble.strikes, trouble.not_before = 0, 0.0
-        while trouble.suspects and all(row in trouble.left_out for row in trouble.suspects[0]):
-            trouble.suspects.popleft()
         if trouble.suspects:
             return
         if trouble.has_new_convictions:
@@ -287,8 +301,3 @@ class Schedule:
             trouble.clean_rounds += 1
             if trouble.clean_rounds > 1:  # perhaps too much at once for the machine, killed by its kernel
                 trouble.halvings = min(trouble.halvings + 1, MAX_HALVINGS)
-
-
-def _halves(rows: range) -> list[range]:
-    middle = len(rows) // 2
-    return [half for half in (rows[:middle], rows[middle:]) if len(half)]

@@ -58,23 +58,26 @@ def _table(found: dict[str, Any]) -> Any:
     table = Table(title=f"{found['store']}: {_state(found)}", show_header=False, title_justify="left")
     done, total = found["shards_done"], found["shards"]
     table.add_row("shards", f"{done:,} of {total:,} ({done / max(total, 1):.1%})")
+    rows: dict[str, str] = {}
     if "verb" in found:
         is_running, is_local = found["state"] == "running", Storage(found["store"]).is_local
         workers = ", ".join(found["workers"].values()) or "none"
         rows = {
             "job": f"{found['verb']} on {found['host']}, process {found['pid']}",
+            "reason": found.get("reason", ""),
             "workers": workers if is_running else "",
             "rate": f"{found['tokens_per_s']:,.0f} tok/s" if is_running else "",
             "time left": left(found["seconds_left"]) if is_running else "",
             "tokens": f"{found['tokens']:,} in {left(found['seconds'])}, by the last run",
             "retries": ", ".join(f"{cause} {count}" for cause, count in found["retries"].items()) or "none",
-            "left out": ", ".join(_row(left_out) for left_out in found["left_out"]) or "none",
             "given up": ", ".join(f"shard {g['shard']}: {g['reason']}" for g in found["given_up"]),
             "log": f"{found['store'].rstrip('/')}.job/{found['log']}" + (".jsonl" if is_local else "/"),
         }
-        for key, value in rows.items():
-            if value:
-                table.add_row(key, escape(value))
+    if "left_out" in found:
+        rows["left out"] = ", ".join(_row(left_out) for left_out in found["left_out"]) or "none"
+    for key, value in rows.items():
+        if value:
+            table.add_row(key, escape(value))
     return table
 
 

@@ -29,6 +29,9 @@ class TeacherWorker:
         self._has_teacher = threading.Lock()
         self._idle_since = time.perf_counter()
 
+    def arrive(self) -> None:
+        """Nothing: who can answer has been given a place."""
+
     def start(self) -> dict[str, Any]:
         """Load the teacher; say where. Not the constructor's work: an actor that fails there has no last words."""
         self.tokens = TokenStore.open(self.config.tokens.path)

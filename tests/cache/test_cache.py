@@ -95,7 +95,7 @@ def test_a_job_without_a_word_for_a_minute_has_died(store: LogitStore, tmp_path:
     assert read(unfinished.url)["state"] == "unknown"
     figures = Account(8, 0, 1000, 0.0).figures()
     journal = Journal(unfinished.url, "cache")
-    journal.status("running", figures, now=True)
+    journal.status("running", lambda: figures, now=True)
     assert read(unfinished.url)["state"] == "running"
     path = tmp_path / "store.job" / "status.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "updated": time.time() - 90}))
@@ -111,7 +111,7 @@ def test_a_journal_where_files_cannot_grow() -> None:
     journal = Journal("memory://journal/store", "cache")
     journal.log("begun", shards=3)
     journal.log("done", shard=1)
-    journal.status("finished", {"shards": 3}, now=True)
+    journal.status("finished", lambda: {"shards": 3}, now=True)
     journal.close()
     status = read_status("memory://journal/store")
     assert status is not None
@@ -126,7 +126,7 @@ def test_a_journal_that_cannot_be_written_stops_nothing(tmp_path: Path, capsys: 
     journal = Journal(str(tmp_path / "store"), "cache")
     for _ in range(3):
         journal.log("done", shard=1)
-    journal.status("running", {}, now=True)
+    journal.status("running", dict, now=True)
     journal.close()
     assert capsys.readouterr().err.count("`decant status` is blind") == 1
 

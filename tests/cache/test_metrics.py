@@ -57,16 +57,16 @@ def test_events_are_counted_where_they_belong(monkeypatch: pytest.MonkeyPatch) -
         account.take(event := Event(kind, fields))
         metrics.take(event, account)
     assert {name: dict(found.values) for name, found in made.items()} == {
-        "decant_tokens": {("labels", "0"): 100, ("labels", "1"): 200},
-        "decant_positions": {("labels", "0"): 96, ("labels", "1"): 192},
-        "decant_bytes": {("labels", "0"): 5000, ("labels", "1"): 10_000},
+        "decant_tokens": {("s3://bucket/labels", "0"): 100, ("s3://bucket/labels", "1"): 200},
+        "decant_positions": {("s3://bucket/labels", "0"): 96, ("s3://bucket/labels", "1"): 192},
+        "decant_bytes": {("s3://bucket/labels", "0"): 5000, ("s3://bucket/labels", "1"): 10_000},
         "decant_phase_seconds": {
-            ("labels", "0", "forward"): 2.0, ("labels", "0", "targets"): 0.5,
-            ("labels", "1", "forward"): 4.0, ("labels", "1", "targets"): 1.0,
+            ("s3://bucket/labels", "0", "forward"): 2.0, ("s3://bucket/labels", "0", "targets"): 0.5,
+            ("s3://bucket/labels", "1", "forward"): 4.0, ("s3://bucket/labels", "1", "targets"): 1.0,
         },
-        "decant_retries": {("labels", "storage"): 1, ("labels", "worker_died"): 1},
-        "decant_rows_left_out": {("labels",): 1},
-        "decant_shards": {("labels",): 5},
-        "decant_shards_done": {("labels",): 4},
-        "decant_workers_alive": {("labels",): 1},
+        "decant_retries": {("s3://bucket/labels", "storage"): 1, ("s3://bucket/labels", "worker_died"): 1},
+        "decant_rows_left_out": {("s3://bucket/labels",): 1},
+        "decant_shards": {("s3://bucket/labels",): 5},
+        "decant_shards_done": {("s3://bucket/labels",): 4},
+        "decant_workers_alive": {("s3://bucket/labels",): 1},
     }  # fmt: skip

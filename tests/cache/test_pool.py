@@ -19,10 +19,13 @@ ROWS = 8
 
 
 class Room:
-    """A cluster with places for so many workers; others wait. What they are asked is answered at once."""
+    """A cluster with places for so many workers; others wait. What they are asked is answered at once, unless it
+    ``hangs``.
+    """
 
     def __init__(self, places: int, answer: Callable[[str, Any], Any]) -> None:
         self.places, self.answer = places, answer
+        self.hangs: Callable[[object, str, tuple[Any, ...]], bool] = lambda *_: False
         self.workers: list[object] = []
         self.calls: dict[object, tuple[object, str, tuple[Any, ...]]] = {}
 
@@ -37,13 +40,15 @@ class Room:
 
     def wait(self, calls: list[object], timeout_s: float) -> list[object]:
         alive = self.workers[: self.places]
-        ended = [call for call in calls if self.calls[call][0] in alive]
+        ended = [call for call in calls if self.calls[call][0] in alive and not self.hangs(*self.calls[call])]
         if not ended:
             time.sleep(min(timeout_s, 0.01))
         return ended[:1]
 
     def result(self, call: object) -> Any:
         _, method, arguments = self.calls[call]
+        if method == "arrive":
+            return None
         return {"host": "here", "pid": 1} if method == "start" else self.answer(method, arguments[0])
 
     def stop_workers(self, workers: list[object], gently: bool) -> None:
@@ -53,14 +58,23 @@ class Room:
 def run(
     monkeypatch: pytest.MonkeyPatch, places: int, answer: Callable[[str, Any], Any], workers: int = 2, shards: int = 4
 ) -> tuple[Schedule, list[Event]]:
-    """Let a pool work until it is done, or has been silent for a hundred ticks."""
-    room = Room(places, answer)
+    """Let a pool work in a room of its own."""
+    return run_in(Room(places, answer), monkeypatch, workers, shards)
+
+
+def run_in(
+    room: Room, monkeypatch: pytest.MonkeyPatch, workers: int = 2, shards: int = 4, hung_after_s: float = 60.0,
+    max_attempts: int = 8, see: Callable[[Event], None] = lambda _: None,
+) -> tuple[Schedule, list[Event]]:  # fmt: skip
+    """Let a pool work until it is done, or has been silent for a hundred ticks; each event is seen as it comes."""
     for name in ("start_worker", "call", "wait", "result", "stop_workers"):
         monkeypatch.setattr(ray_workers, name, getattr(room, name))
-    schedule = Schedule(range(shards), lambda _: ROWS, Limits(retry_delay_s=0.001, num_workers=workers))
+    schedule = Schedule(range(shards), lambda _: ROWS, Limits(max_attempts, retry_delay_s=0.001, num_workers=workers))
+    config = ClusterConfig(workers=workers, hung_after_s=hung_after_s)
     events: list[Event] = []
-    for event in Pool(ClusterConfig(workers=workers), object, (), schedule).run():
+    for event in Pool(config, object, (), schedule).run():
         events.append(event)
+        see(event)
         silent = events[-100:]
         assert len(silent) < 100 or any(event.kind != "tick" for event in silent), "the pool waits for ever"
     return schedule, events
@@ -84,6 +98,61 @@ def test_a_cluster_with_room_for_fewer_workers_than_asked_for(monkeypatch: pytes
     schedule, _ = run(monkeypatch, places, deadly((1, 3), (2, 0)))
     assert schedule.num_done == 4
     assert set(schedule.left_out) == {(1, 3), (2, 0)}
+
+
+def test_a_place_that_is_gone_when_a_fresh_worker_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker that is left has nothing to do, and the only place: it makes room."""
+    room = Room(2, deadly((1, 3)))
+
+    def see(event: Event) -> None:
+        if event.kind == "retired":
+            room.places = 1
+
+    schedule, _ = run_in(room, monkeypatch, see=see)
+    assert schedule.num_done == 4
+    assert set(schedule.left_out) == {(1, 3)}
+    assert room.places == 1
+
+
+def test_a_machine_that_starts_nothing_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its failures are no sign that nothing works while another worker is busy for long."""
+    room = Room(2, lambda _method, _task: {})
+    result, num_failed = room.result, 0
+
+    def fails(call: object) -> Any:
+        nonlocal num_failed
+        worker, method, _ = room.calls[call]
+        if method == "start" and worker is not first:
+            num_failed += 1
+            raise WorkerDied(Cause.PROCESS, "device is lost")
+        return result(call)
+
+    first = room.start_worker()
+    workers = iter([first])
+    start_worker = room.start_worker
+    monkeypatch.setattr(room, "start_worker", lambda *_: next(workers, None) or start_worker())
+    monkeypatch.setattr(room, "result", fails)
+    room.hangs = lambda _worker, method, _arguments: method == "work" and num_failed < 8
+    schedule, _ = run_in(room, monkeypatch, max_attempts=3)
+    assert schedule.num_done == 4
+    assert num_failed >= 8 > schedule.limits.max_failures_in_a_row
+
+
+@pytest.mark.parametrize("method", ["start", "work"])
+def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    """One that waits for a place does not hang, however long it waits."""
+    room, hanging = Room(1, lambda _method, _task: {}), list[object]()
+
+    def hangs(worker: object, asked: str, arguments: tuple[Any, ...]) -> bool:
+        if asked == method and not hanging and (asked == "start" or arguments[0].shard == 2):
+            hanging.append(worker)
+        return asked == method and worker in hanging
+
+    room.hangs = hangs
+    schedule, events = run_in(room, monkeypatch, hung_after_s=0.3)
+    assert schedule.num_done == 4
+    reasons = [event.fields["reason"] for event in events if event.kind == "died"]
+    assert reasons == ["it has not answered for 0.3 seconds (cluster.hung_after_s)"]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

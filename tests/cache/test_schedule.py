@@ -22,10 +22,14 @@ class World(NamedTuple):
     noise: float = 0.0
     noise_cause: Cause = Cause.OUTSIDE
     poison_cause: Cause = Cause.PROCESS
+    deadly_shard: int | None = None
+    """Takes down every worker, whatever rows are scored."""
 
     def outcome(self, task: Task, rng: random.Random) -> Cause | None:
         if rng.random() < self.noise:
             return self.noise_cause
+        if task.shard == self.deadly_shard:
+            return self.poison_cause
         left_out = dict(task.left_out)
         scored = [row for row in task.probe or range(ROWS) if row not in left_out]
         return self.poison_cause if any((task.shard, row) in self.poison for row in scored) else None
@@ -46,6 +50,7 @@ def run(schedule: Schedule, world: World, num_workers: int, seed: int) -> list[T
                 if task.probe is not None:
                     assert not tasks
                     assert is_fresh[worker] or len(task.probe) > 1
+                    assert set(task.probe) - dict(task.left_out).keys()
                 tasks.append(task)
                 given.append(task)
                 is_fresh[worker] = False
@@ -136,6 +141,19 @@ def test_a_shard_that_only_fails_as_a_whole_is_given_up() -> None:
     assert len(halvings) == LIMITS.max_attempts
 
 
+@pytest.mark.parametrize("num_workers", [1, 4])
+@pytest.mark.parametrize("cause", [Cause.PROCESS, Cause.MEMORY])
+def test_a_shard_that_kills_whatever_is_scored_is_given_up(num_workers: int, cause: Cause) -> None:
+    """Each row is left out once; then none is left to suspect."""
+    schedule = Schedule(range(8), lambda _: ROWS, LIMITS)
+    run(schedule, World(set(), poison_cause=cause, deadly_shard=2), num_workers, 0)
+    assert schedule.given_up == {2: "it"}
+    assert schedule.num_done == 7
+    assert schedule.is_over
+    news = [(fields["shard"], fields.get("row")) for _, fields in schedule.take_news()]
+    assert sorted(news[:-1]) == [(2, row) for row in range(ROWS)]
+
+
 def test_a_worker_killed_for_its_memory_tries_smaller_batches() -> None:
     schedule = Schedule([0], lambda _: ROWS, LIMITS)
     first = schedule.next(0, 0, True, 0.0)
@@ -148,7 +166,8 @@ def test_a_worker_killed_for_its_memory_tries_smaller_batches() -> None:
 
 
 def test_pauses_grow_to_a_minute() -> None:
-    assert [Limits(retry_delay_s=1.0).delay_s(attempts) for attempts in (1, 2, 3, 20)] == [1.0, 2.0, 4.0, MAX_DELAY_S]
+    delays = [Limits(retry_delay_s=1.0).delay_s(attempts) for attempts in (1, 2, 3, 20, 5000)]
+    assert delays == [1.0, 2.0, 4.0, MAX_DELAY_S, MAX_DELAY_S]
 
 
 def test_a_row_is_left_out_after_three_fresh_workers() -> None:

@@ -1,6 +1,8 @@
 """What kills workers kills no job: real actors, on one local cluster for this file."""
 
 import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
@@ -21,7 +23,27 @@ from logit_store.config import parse_config
 from logit_store.errors import StoreError, TeacherError
 from tests import faulty
 from tests.faulty import DEADLY, NO_DISTRIBUTION, NOT_A_NUMBER
-from tests.toy import in_process_workers, write_tokens, write_yaml
+from tests.toy import ROOT, in_process_workers, write_tokens, write_yaml
+
+RAYLET_DIES = """
+import os, signal, time
+import ray
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+from cluster.job.pool import Pool
+from cluster.job.schedule import Limits, Schedule
+
+class Busy:
+    def arrive(self): pass
+    def start(self): return {}
+    def work(self, task): time.sleep(600)
+
+with ray_cluster.session(ClusterConfig()):
+    pool = Pool(ClusterConfig(workers=1), Busy, (), Schedule([0], lambda _: 1, Limits()))
+    for event in pool.run():
+        if event.kind == "started":
+            os.kill(ray._private.worker._global_node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+"""
 
 DEADLY_ROW, NAN_ROW, WRONG_ROW = 13, 30, 31
 
@@ -111,7 +133,9 @@ def test_a_machine_that_cannot_score_ends_the_job(config: CacheConfig) -> None:
     cluster = config.cluster.model_copy(update={"max_attempts": 3})
     with pytest.raises(TeacherError, match=r"6 failures in a row.*worker process has died"):
         cache(config.model_copy(update={"cluster": cluster}), faulty.BrokenWorker)
-    assert read(config.store.path)["state"] == "failed"
+    found = read(config.store.path)
+    assert found["state"] == "failed"
+    assert "6 failures in a row" in found["reason"]
 
 
 @pytest.mark.usefixtures("local_cluster")
@@ -131,6 +155,15 @@ def test_storage_that_fails_one_call_in_twelve(config: CacheConfig, tmp_path: Pa
     for shard in range(len(quiet.shards)):
         name = quiet.shard_name(shard)
         assert quiet.storage.read(name) == Storage(f"{tmp_path}/remote").read(name)
+
+
+def test_a_local_cluster_that_has_died_ends_the_job() -> None:
+    """No worker would ever start again."""
+    done = subprocess.run(
+        [sys.executable, "-c", RAYLET_DIES], cwd=ROOT, capture_output=True, text=True, timeout=180, check=False
+    )
+    assert done.returncode == 1
+    assert "DecantError: the local Ray cluster has died (raylet): run the same command again" in done.stderr
 
 
 def test_storage_that_is_down_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
