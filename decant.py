@@ -91,6 +91,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     verify.add_argument("--teacher", help="with --rescore: where the teacher is now (default: where it was)")
     verify.add_argument(
+        "--trust-remote-code", action="store_true", help="with --rescore: run Python code that comes with the teacher"
+    )
+    verify.add_argument(
+        "--pickled-weights", action="store_true", help="with --rescore: load pickle files (*.bin), which can run code"
+    )
+    verify.add_argument(
         "--tolerance",
         type=float,
         default=0.05,
@@ -223,11 +229,13 @@ def _stats(arguments: argparse.Namespace) -> None:
 
 def _verify(arguments: argparse.Namespace) -> int:
     if arguments.rescore is not None:
-        from cluster.rescore import rescore_command
+        from cluster.rescore import RUNS_CODE, rescore_command
 
+        trust = [name for name in RUNS_CODE if getattr(arguments, name)]
         return rescore_command(
-            arguments.store, arguments.rescore, arguments.teacher, arguments.tolerance, arguments.seed, arguments.json
-        )
+            arguments.store, arguments.rescore, arguments.teacher, arguments.tolerance, arguments.seed, arguments.json,
+            trust,
+        )  # fmt: skip
     from logit_store.tools.damage import verify_command
 
     return verify_command(arguments.store, arguments.drop_damaged, arguments.json)

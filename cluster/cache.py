@@ -1,5 +1,6 @@
 """`decant cache`: every token shard becomes a logit shard. What is committed is done; the same command goes on."""
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +20,7 @@ from cluster.job.schedule import Limits, Schedule
 from cluster.job.worker import TeacherWorker
 from cluster.tokenizer import load_tokenizer
 from logit_store import LogitStore, Storage, TokenStore, writer
-from logit_store.errors import ConfigError, DecantError, TeacherError
+from logit_store.errors import ConfigError, TeacherError
 from logit_store.format import MANIFEST
 from logit_store.identity import HEADER_IDENTITY, labels_id, require_equal
 from logit_store.vocabulary import describe_tokenizer
@@ -86,7 +87,8 @@ def _run(pool: Pool, account: Account, config: CacheConfig) -> None:
     """Let the pool work, and everybody see it."""
     journal, metrics = Journal(config.store.path, "cache"), Metrics(config.store.path)
     journal.log("begun", **account.figures())
-    state = "failed"
+    journal.status("running", account.figures, now=True)
+    state, ending = "failed", dict[str, str]()
     try:
         with job_progress(account) as show:
             for event in pool.run():
@@ -94,18 +96,18 @@ def _run(pool: Pool, account: Account, config: CacheConfig) -> None:
                 metrics.take(event, account)
                 if event.kind != "tick":
                     journal.log(event.kind, **event.fields)
-                journal.status("running", account.figures())
+                journal.status("running", account.figures)
                 show()
         state = "failed" if account.given_up else "finished"
     except (KeyboardInterrupt, SystemExit):
         state = "interrupted"
         raise
-    except DecantError as error:
-        journal.log("stopped", reason=str(error))
+    except Exception as error:
+        ending["reason"] = str(error) or type(error).__name__
         raise
     finally:
-        journal.log(state, **account.figures())
-        journal.status(state, account.figures(), now=True)
+        journal.log(state, **account.figures(), **ending)
+        journal.status(state, lambda: account.figures() | ending, now=True)
         journal.close()
         if account.tokens:
             print_account(account, config.cluster.price_per_gpu_hour)
@@ -183,6 +185,7 @@ def _check_teacher(folder: Path, teacher: TeacherConfig, longest: int, vocabular
             f"{folder} holds no weights in *.safetensors. Pickle files (*.bin) can run any code when they are read: "
             "convert them, or set teacher.pickled_weights=true if you trust them"
         )
+    _check_weights(folder)
     text_config = model_config.get_text_config()
     context = getattr(text_config, "max_position_embeddings", None)
     if context is not None and longest > context - 1:
@@ -196,6 +199,34 @@ def _check_teacher(folder: Path, teacher: TeacherConfig, longest: int, vocabular
             f"the teacher's head has {width} rows, fewer than the tokenizer's vocabulary of {vocabulary_size}: "
             "it belongs to another tokenizer"
         )
+
+
+def _check_weights(folder: Path) -> None:
+    """Refuse weights of which a file is missing or cut short, from names, headers and sizes. Raises TeacherError."""
+    from safetensors import SafetensorError, safe_open
+
+    found = sorted(folder.glob("*.safetensors"))
+    whole = folder / ("model.safetensors" if found else "pytorch_model.bin")
+    index = folder / f"{whole.name}.index.json"
+    if index.exists() and not whole.exists():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise TeacherError(f"{index} is no index of weights: fetch the model again") from error
+        missing = sorted(name for name in named if not (folder / name).exists())
+        if missing:
+            raise TeacherError(
+                f"{folder} lacks {len(missing)} of the {len(named)} files with weights that {index.name} names, as "
+                f"{missing[0]}: fetch the model again"
+            )
+    for file in found:
+        try:
+            with safe_open(file, "numpy"):  # reads the header, and holds it against the size
+                pass
+        except (SafetensorError, OSError) as error:
+            raise TeacherError(
+                f"{file} is cut short, or no safetensors file: {error}. Fetch the model again"
+            ) from error
 
 
 def _check_teacher_tokenizer(folder: Path, trust_remote_code: bool, stored: dict[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from math import inf
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logit_store.codec.levels import CodecConfig
 from logit_store.config import Config
@@ -24,8 +24,9 @@ class SourceConfig(Config):
     """Paths, globs or fsspec URLs of files. With `dataset`: which files of its repository."""
     format: Literal["json", "parquet", "arrow", "lines", "text"] | None = None
     """Format of `files`; taken from the ending where it is not given. `json`: an object per line. `lines`: each
-    line of a text that is not blank a document. `text`: each file a document. All three may be
-    compressed, as .gz or .zst."""
+    line of a text that is not blank a document. `text`: each file a document. All three may be compressed, as .gz or
+    .zst. A document, with all of its tokens, must fit into the memory of one task: some 250 bytes for each of its
+    characters, so that `text` is for files of a few megabytes."""
     text_column: str | None = None
     """Column that holds a document's text (`text`, unless one of the next two is given)."""
     messages_column: str | None = None
@@ -47,6 +48,8 @@ class SourceConfig(Config):
     def _has_origin(self) -> Self:
         if self.dataset is None and not self.files:
             raise ValueError("give `dataset` (a Hub id) or `files`")
+        if self.dataset is not None and self.format is not None:
+            raise ValueError("`format` is for `files` without a `dataset`, which has its own: leave it out")
         return self
 
     @model_validator(mode="after")
@@ -215,19 +218,31 @@ class StoreConfig(Config):
     """How log-probs are stored. Ids and the tail's mass are exact always."""
 
 
+RAYS_OWN = {
+    "CPU": "set cluster.cpus_per_worker",
+    "GPU": "set cluster.gpus_per_worker",
+    "memory": "leave it out, a worker takes what its model needs",
+    "object_store_memory": "leave it out, labels do not pass through the object store",
+}
+"""Resources that are no custom ones, and what to do instead of naming them."""
+
+
 class ClusterConfig(Config):
     """The Ray cluster and its teacher workers."""
 
     address: str | None = None
-    """Ray address to join (`auto`, `HOST:6379`, `ray://HOST:10001`); a local cluster is started without one."""
+    """Ray address to join (`auto`, `HOST:6379`, `ray://HOST:10001`); without one, or with `local`, a cluster is started
+    on this machine that nobody else can reach."""
     workers: int = Field(2, ge=1)
     """Teacher workers at most. Those that find no place yet wait for one, as an autoscaler brings it."""
     cpus_per_worker: int = Field(1, ge=1)
     """CPU cores, and threads, of a worker."""
     gpus_per_worker: float = Field(0.0, ge=0.0)
-    """GPUs of a worker. At 0 the transformers backend scores on the CPU, whatever the machine has."""
+    """GPUs of a worker. At 0 the transformers backend scores on the CPU, whatever the machine has; a share of one, as
+    0.5, is for that backend alone."""
     resources_per_worker: dict[str, float] = {}
-    """Ray's custom resources that a worker needs, as `{"accelerator_type:H100": 0.001}`."""
+    """Ray's custom resources that a worker needs, as `{"accelerator_type:H100": 0.001}`. Those that Ray knows by itself
+    have keys of their own."""
     multi_node_workers: bool = False
     """Whether a worker's GPUs may be on several nodes, as a model needs that is larger than one: they are reserved as a
     placement group, a GPU and `cpus_per_worker` cores at a time, and vLLM starts its processes in it."""
@@ -237,10 +252,34 @@ class ClusterConfig(Config):
     """How often a shard may take its worker down, or fail on storage that is out of order, before it is given up."""
     retry_delay_s: float = Field(1.0, ge=0.0)
     """Seconds before a shard or a worker is tried again; doubled with each attempt, at most a minute."""
+    hung_after_s: float = Field(7200.0, gt=0.0)
+    """Seconds after which a worker that has not answered, while it loads its teacher or has shards, is taken to hang,
+    and is replaced: 20 times the longest answer so far, if that is more."""
     max_left_out: int = Field(100, ge=0)
     """Rows that may be left out because they kill workers. More of them end the job: something else must be wrong."""
     price_per_gpu_hour: float | None = Field(None, ge=0.0)
     """Money for a GPU (or, without GPUs, a worker) for an hour: the summary then says what the labels cost."""
+
+    @field_validator("address")
+    @classmethod
+    def _joins_something(cls, address: str | None) -> str | None:
+        if address == "local":  # Ray would start one that others can reach
+            return None
+        if address is not None and address.startswith(("http://", "https://")):
+            raise ValueError(
+                f"{address} is where `ray job submit` finds a cluster; to join one give HOST:6379 or ray://HOST:10001"
+            )
+        return address
+
+    @field_validator("resources_per_worker")
+    @classmethod
+    def _are_custom_resources(cls, resources: dict[str, float]) -> dict[str, float]:
+        for name, amount in resources.items():
+            if name in RAYS_OWN:
+                raise ValueError(f"{name} is Ray's own: {RAYS_OWN[name]}")
+            if not 1e-4 <= amount < inf or (amount > 1 and amount % 1):
+                raise ValueError(f"{name} is {amount:g}: Ray takes shares from 0.0001 to 1, and whole numbers")
+        return resources
 
     @property
     def reserved(self) -> dict[str, float]:
@@ -272,11 +311,21 @@ class CacheConfig(Config):
                 f"teacher.tensor_parallel × teacher.pipeline_parallel = {wanted}, but cluster.gpus_per_worker = "
                 f"{have:g}: set it to {wanted}"
             )
+        if self.teacher.backend == "vllm" and 0 < have < 1:
+            raise ValueError(
+                f"cluster.gpus_per_worker = {have:g}, but each vLLM engine takes teacher.gpu_memory_utilization of a "
+                "whole GPU: set it to 1"
+            )
         if wanted == 1 and have > 1 and self.teacher.device_map is None:
             way = "teacher.device_map=auto" if self.teacher.backend == "transformers" else "teacher.tensor_parallel"
             raise ValueError(
                 f"cluster.gpus_per_worker = {have:g}, of which this teacher would use one: set it to 1, or spread the "
                 f"teacher by {way}"
+            )
+        if self.teacher.backend == "transformers" and self.teacher.quantization and not have:
+            raise ValueError(
+                f"teacher.quantization = {self.teacher.quantization} needs a GPU, and cluster.gpus_per_worker = 0: set "
+                "it to 1, or leave quantization out"
             )
         if self.cluster.multi_node_workers and (self.teacher.backend != "vllm" or not have):
             raise ValueError("cluster.multi_node_workers is for teacher.backend=vllm with cluster.gpus_per_worker > 0")

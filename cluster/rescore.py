@@ -1,7 +1,7 @@
 """`decant verify --rescore`: some rows of a store, scored again by its teacher: do the labels still stand?"""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,6 +22,9 @@ from logit_store.tools.progress import progress_bar
 if TYPE_CHECKING:
     from cluster.teachers.teacher import Teacher
 
+RUNS_CODE = ("trust_remote_code", "pickled_weights")
+"""Keys of ``TeacherConfig`` by which a model's files run code: whoever asks allows it, and never the store."""
+
 ROWS_PER_CALL = 16
 """Rows that the teacher gets at a time, so that the progress bar moves."""
 
@@ -39,17 +42,18 @@ class Drift(NamedTuple):
         return self.overall.max_likely_error <= tolerance + self.codec_error
 
 
-def rescore(url: str, num_rows: int, teacher: str | None = None, seed: int = 0) -> Drift:
+def rescore(url: str, num_rows: int, teacher: str | None = None, seed: int = 0, trust: Collection[str] = ()) -> Drift:
     """Score ``num_rows`` random rows of a finished logit store again, by the backend and dtype that made it.
 
-    ``teacher`` is where the model is now, if it has moved. Rows of one token have no labels and are never drawn.
-    Raises TeacherError: the model cannot be found, or is not the one that the store names; ConfigError; StoreError.
+    ``teacher`` is where the model is now, if it has moved. ``trust`` names those of ``RUNS_CODE`` that the caller
+    allows. Rows of one token have no labels and are never drawn. Raises TeacherError: the model cannot be found or
+    loaded, or is not the one that the store names; ConfigError; StoreError.
     """
     if num_rows < 1:
         raise ConfigError(f"--rescore {num_rows}: give at least one row")
     store = LogitStore.open(url)
     labels, provenance = _origin(store.manifest)
-    config = _teacher_config(store, provenance, teacher)
+    config = _teacher_config(store, provenance, teacher, trust)
     _check_weights(config, labels, store)
     rows = _random_rows(store, num_rows, seed)
     backend = _build(config, store, labels, bool(provenance.get("gpus_per_worker")))
@@ -62,9 +66,11 @@ def rescore(url: str, num_rows: int, teacher: str | None = None, seed: int = 0) 
     return Drift(Difference.total(difference for _, difference in found), found, codec_error)
 
 
-def rescore_command(url: str, num_rows: int, teacher: str | None, tolerance: float, seed: int, as_json: bool) -> int:
+def rescore_command(
+    url: str, num_rows: int, teacher: str | None, tolerance: float, seed: int, as_json: bool, trust: Collection[str]
+) -> int:
     """`decant verify --rescore`: its exit code, 1 where the labels have drifted. Raises DecantError."""
-    drift = rescore(url, num_rows, teacher, seed)
+    drift = rescore(url, num_rows, teacher, seed, trust)
     allowed = tolerance + drift.codec_error
     if as_json:
         rows = [{"row": row, **difference._asdict()} for row, difference in drift.rows]
@@ -88,11 +94,15 @@ def _origin(manifest: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str
     return labels, provenance
 
 
-def _teacher_config(store: LogitStore, provenance: Mapping[str, Any], moved_to: str | None) -> TeacherConfig:
+def _teacher_config(
+    store: LogitStore, provenance: Mapping[str, Any], moved_to: str | None, trust: Collection[str]
+) -> TeacherConfig:
+    """The config that made the store, but for what runs code."""
     if "teacher" not in provenance:
         raise StoreError(f"{store.storage.url} does not say which teacher made it: it was not made by `decant cache`")
     moved = {} if moved_to is None else {"model": moved_to, "revision": None}
-    return parse_config(TeacherConfig, {**provenance["teacher"], **moved}, "the store's teacher")
+    trusted = {name: name in trust for name in RUNS_CODE}
+    return parse_config(TeacherConfig, {**provenance["teacher"], **moved, **trusted}, "the store's teacher")
 
 
 def _check_weights(config: TeacherConfig, labels: Mapping[str, Any], store: LogitStore) -> None:

@@ -1,22 +1,12 @@
 """The same job on a running cluster: the `ray job submit` line, and what a submitted job may not do."""
 
 import json
-import re
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from cluster.config import CacheConfig
 from cluster.ray_cluster import in_submitted_job
 from logit_store.errors import ConfigError
-
-CREDENTIALS = re.compile(
-    r"://[^/?#@]*:[^/?#@]*@|https?://[^/?#@]*@|[?&][^=&]*(?:sig|token|secret|pass|key|auth|credential)[^=&]*=",
-    re.IGNORECASE,
-)
-"""In a URL: `user:password@`, a parameter that opens or signs it, or of the web a user, which may be a token. Elsewhere
-a user alone is none: `abfs://container@account`."""
 
 
 def submit_line(verb: str, config_path: str, overrides: list[str], config: CacheConfig) -> str:
@@ -34,18 +24,11 @@ def submit_line(verb: str, config_path: str, overrides: list[str], config: Cache
 
 
 def check_paths(config: CacheConfig, verb: str) -> None:
-    """Refuse a URL that carries a secret, and a relative path that would mean another place where it is used.
+    """Refuse a relative path that would mean another place where it is used. Raises ConfigError.
 
-    A config is written into the store and into logs, for everyone who reads them. A submitted job runs in a copy of
-    the working directory that is thrown away, so its output would be lost; workers of a joined cluster run in folders
-    of their own. Raises ConfigError.
+    A submitted job runs in a copy of the working directory that is thrown away, so its output would be lost; workers
+    of a joined cluster run in folders of their own.
     """
-    for key, value in _strings(config.model_dump()):
-        if CREDENTIALS.search(value):
-            raise ConfigError(
-                f"{key} is a URL with credentials, and would be written into stores and logs: leave them out, and give "
-                "them to every node by its environment, its role, or fsspec's own config (~/.config/fsspec)"
-            )
     output = "store.path" if verb == "cache" else "tokens.path"
     for key, path in _local_paths(config).items():
         if Path(path).is_absolute():
@@ -59,18 +42,6 @@ def check_paths(config: CacheConfig, verb: str) -> None:
         raise ConfigError(
             f"{key}={path} is relative, and {reason}: give an absolute path or a URL, as in {key}=/shared/{path}"
         )
-
-
-def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Every string of a nested config, with its dotted key."""
-    if isinstance(value, str):
-        yield key, value
-    elif isinstance(value, dict):
-        for name, inner in value.items():
-            yield from _strings(inner, f"{key}.{name}" if key else name)
-    elif isinstance(value, list):
-        for inner in value:
-            yield from _strings(inner, key)
 
 
 def _local_paths(config: CacheConfig) -> dict[str, str]:

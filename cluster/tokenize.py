@@ -44,6 +44,9 @@ tokenising, so that sixteen half files more cost less than a fifth."""
 
 BATCH_DOCUMENTS = 256
 
+TRIED_CHARACTERS = 64 * 2**10
+"""Of a document that the driver makes tokens of: some 250 bytes of memory for each."""
+
 
 class Job(NamedTuple):
     """What all tasks share, by Ray's object store."""
@@ -158,12 +161,17 @@ def _rows_of(documents: Sequence[Document], encoder: Encoder, header: dict[str, 
 
 
 def _try_out(files: Sequence[SourceFile], wanted: Wanted, header: dict[str, Any], encoder: Encoder) -> None:
-    """Make the corpus' first row, so that what is wrong with all documents is found at once. Raises CorpusError."""
-    documents = first_documents(files, tuple(wanted.kinds))
+    """Make rows of the first document that gives any, so that what is wrong with all of them is found at once.
+
+    Of a text only its begin: documents may be large, and tokens are larger. Raises CorpusError.
+    """
     any_document = False
-    while batch := list(islice(documents, 16)):
+    for document in first_documents(files, tuple(wanted.kinds)):
         any_document = True
-        if _rows_of(batch, encoder, header):
+        content = document.values[wanted.content]
+        begin = content[:TRIED_CHARACTERS] if isinstance(content, str) else content
+        tried = document._replace(values={**document.values, wanted.content: begin})
+        if _rows_of([tried], encoder, header):
             return
     if not any_document:
         raise CorpusError("the corpus is empty: it holds no documents")

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,19 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from logit_store.errors import ConfigError
+
+CREDENTIALS = re.compile(
+    r"://[^@\s]*:(?!\d{1,5}/)[^@\s]*@|https?://[^/?#@\s]*@"
+    r"|[?#&][^=&]*(?:sig|token|secret|pass|key|auth|credential)[^=&]*=",
+    re.IGNORECASE,
+)
+"""In a URL: `user:password@` (and not `host:port/…@…`; a password may hold any character), a parameter that opens or
+signs it, or of the web a user, which may be a token. Elsewhere a user alone is none: `abfs://container@account`."""
+
+KEEP_CREDENTIALS = (
+    "is a URL with credentials, and would be written into stores and logs: leave them out, and give them to every "
+    "node by its environment, its role, or fsspec's own config (~/.config/fsspec)"
+)
 
 
 class Config(BaseModel):
@@ -44,7 +57,12 @@ def load_config(cls: type[ConfigT], path: str | Path, overrides: Sequence[str] =
 
 
 def parse_config(cls: type[ConfigT], raw: dict[str, Any], source: str) -> ConfigT:
-    """Validate ``raw`` as ``cls``; ``source`` names it in errors. Raises ConfigError."""
+    """Validate ``raw`` as ``cls``; ``source`` names it in errors. Raises ConfigError, also for a URL with credentials,
+    which is not repeated.
+    """
+    for key, value in _strings(raw):
+        if CREDENTIALS.search(value):
+            raise ConfigError(f"{key} {KEEP_CREDENTIALS}")
     try:
         return cls.model_validate(raw)
     except ValidationError as error:
@@ -80,11 +98,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     for parent in parents:
         section = section.setdefault(parent, {})
         if not isinstance(section, dict):
-            raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
+            raise ConfigError(f"override of {key!r}: {parent!r} is a value, not a section")
     try:
         section[last] = yaml.load(value, Loader=_Loader)
     except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: the value is not YAML") from None
+        raise ConfigError(f"override of {key!r}: the value is not YAML") from None
+
+
+def _strings(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every string of a nested config, with its dotted key."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _strings(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner, key)
 
 
 def _explain(cls: type[Config], problem: dict[str, Any]) -> str:

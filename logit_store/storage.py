@@ -13,6 +13,7 @@ import fsspec
 import pyarrow as pa
 from fsspec.implementations.local import LocalFileSystem
 
+from logit_store.config import CREDENTIALS, KEEP_CREDENTIALS
 from logit_store.errors import StoreError, UnavailableError
 from logit_store.format import TEMPORARY_SUFFIX
 
@@ -43,15 +44,20 @@ class Storage:
     """The files below ``url``; names are relative to it and use ``/``.
 
     Calls that fail in a way that may pass are tried again, and raise UnavailableError where that does not help.
+    Raises StoreError: ``url`` is none that a store can have.
     """
 
     def __init__(self, url: str) -> None:
+        if not url:
+            raise StoreError("the path of a store is empty: give a directory or a URL")
+        if CREDENTIALS.search(str(url)):
+            raise StoreError(f"the path of a store {KEEP_CREDENTIALS}")
         self.url = str(url).rstrip("/")
         self.fs: Any
         try:
             self.fs, root = fsspec.core.url_to_fs(self.url)
-        except (ValueError, ImportError) as error:  # an unknown protocol, or one whose package is not installed
-            raise StoreError(f"{self.url} cannot be opened: {error}") from error
+        except Exception as error:  # an unknown protocol, no package for it, a host that is not there: no common class
+            raise StoreError(f"{self.url} cannot be opened: {_reason(error)}") from error
         self.root = str(root).rstrip("/")
         self.is_local = isinstance(self.fs, LocalFileSystem)
 
@@ -120,7 +126,10 @@ class Storage:
                 yield piece
 
     def is_empty(self) -> bool:
-        """Whether nothing is stored here, temporary files of dead writers aside."""
+        """Whether nothing is stored here, temporary files of dead writers aside. Raises StoreError: nothing can be."""
+        places = (Path(self.root), *Path(self.root).parents) if self.is_local else ()
+        if file := next((place for place in places if os.path.isfile(place)), None):
+            raise StoreError(f"{file} is a file, where a directory is needed: choose another path than {self.url}")
         return not any(not name.endswith(TEMPORARY_SUFFIX) for name in self.names(""))
 
     def delete(self, name: str) -> None:
@@ -147,7 +156,9 @@ class Storage:
         for delay in (*RETRY_DELAYS_S, None):
             try:
                 return call()
-            except LASTING:
+            except LASTING as error:
+                if not self.is_local and isinstance(error, (ValueError, NotImplementedError)):
+                    raise StoreError(f"{self.path(name)} cannot be opened: {_reason(error)}") from error
                 raise
             except Exception as error:
                 is_lasting = isinstance(error, OSError) and error.errno in LASTING_NUMBERS
@@ -193,6 +204,10 @@ class Storage:
             temporary.unlink(missing_ok=True)
         _sync_folder(path.parent)
         return True
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _sync_folder(folder: Path) -> None:

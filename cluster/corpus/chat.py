@@ -15,6 +15,7 @@ from cluster.corpus.windows import Encoded
 from logit_store.errors import ConfigError, CorpusError
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+PROBE = [{"role": "user", "content": "decantasks"}, {"role": "assistant", "content": "decantanswers"}]
 MARKERS = "{% generation %} … {% endgeneration %} around what the assistant says"
 
 
@@ -26,7 +27,7 @@ def chat_template(tokens: TokensConfig, tokenizer: Any) -> str | None:
     if tokens.source.messages_column is None:
         return None
     template = _own(tokenizer) if tokens.chat_template is None else _read(tokens.chat_template)
-    where = tokens.chat_template or f"the chat template of tokenizer {tokens.tokenizer!r}"
+    where = _named(tokens)
     if tokens.loss_on == "assistant" and not GENERATION.search(template):
         raise ConfigError(
             f"{where} does not mark what the assistant says, so that no position would carry loss: give "
@@ -51,6 +52,8 @@ class ChatEncoder:
             )
         self.column, self.loss_on = str(tokens.source.messages_column), tokens.loss_on
         self.tokenizer, self.template = tokenizer, template
+        if tokens.loss_on == "assistant":
+            self._check_marks(_named(tokens))
 
     def __call__(self, documents: Sequence[Document]) -> list[Encoded | None]:
         """See ``Encoder``."""
@@ -60,7 +63,11 @@ class ChatEncoder:
         messages = _messages(document, self.column)
         if not messages:
             return None
-        text, spans = self._render(document, messages)
+        try:
+            text, spans = self._render(messages)
+        except Exception as error:  # a template is a program, and raises what it likes
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise CorpusError(f"{document.place}: the chat template refuses the conversation: {reason}") from error
         asks_for_mask = self.loss_on == "assistant"
         out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=asks_for_mask)
         ids_T = np.asarray(out["input_ids"], np.int32)
@@ -70,21 +77,34 @@ class ChatEncoder:
         _check_mask(document, messages, mask_T)
         return Encoded(_identity(messages), ids_T, mask_T)
 
-    def _render(self, document: Document, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
+    def _render(self, messages: list[dict[str, Any]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as text, and from which character to which the assistant speaks."""
-        from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        try:
-            texts, spans = render_jinja_template(
-                [messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=self.loss_on == "assistant",
-                **self.tokenizer.special_tokens_map,
-            )
-        except (TemplateError, TypeError, ValueError, KeyError) as error:
-            raise CorpusError(f"{document.place}: the chat template refuses the conversation: {error}") from error
+        texts, spans = render_jinja_template(
+            [messages],
+            chat_template=self.template,
+            return_assistant_tokens_mask=self.loss_on == "assistant",
+            **self.tokenizer.special_tokens_map,
+        )
         return texts[0], spans[0] if spans else []
+
+    def _check_marks(self, where: str) -> None:
+        """Refuse a template that marks the user's turns, or not the assistant's. Raises ConfigError.
+
+        One that does not render a plain question with its answer is judged by the corpus alone.
+        """
+        try:
+            text, spans = self._render(PROBE)
+        except Exception:  # noqa: BLE001  (a template is a program, and raises what it likes)
+            return
+        marked = "".join(text[start:end] for start, end in spans)
+        question, answer = (message["content"] for message in PROBE)
+        if question in marked or (marked and answer in text and answer not in marked):
+            raise ConfigError(
+                f"{where} marks what the user says, or leaves out what the assistant says: it needs {MARKERS}, and "
+                "around nothing else"
+            )
 
 
 def tokens_within(spans: Sequence[tuple[int, int]], offsets_T2: NDArray[np.int64]) -> NDArray[np.bool_]:
@@ -110,7 +130,16 @@ def _messages(document: Document, column: str) -> list[dict[str, Any]]:
         raise CorpusError(
             f"{document.place}: column {column!r} must hold a list of messages, each with `role` and `content`"
         )
+    if document.file.format in ("parquet", "arrow"):
+        messages = [{k: _without_nothing(v) for k, v in message.items()} for message in messages]
     return [{k: v for k, v in message.items() if v is not None or k == "content"} for message in messages]
+
+
+def _without_nothing(value: Any) -> Any:
+    """A table's value without the fields of its structs that are null: each has all that any of the rows has."""
+    if isinstance(value, dict):
+        return {k: _without_nothing(v) for k, v in value.items() if v is not None}
+    return [_without_nothing(v) for v in value] if isinstance(value, list) else value
 
 
 def _identity(messages: list[dict[str, Any]]) -> bytes:
@@ -135,6 +164,10 @@ def _check_mask(document: Document, messages: list[dict[str, Any]], mask_T: NDAr
 def _says_something(message: dict[str, Any]) -> bool:
     content = message.get("content")
     return bool(content.strip() if isinstance(content, str) else content) or bool(message.get("tool_calls"))
+
+
+def _named(tokens: TokensConfig) -> str:
+    return tokens.chat_template or f"the chat template of tokenizer {tokens.tokenizer!r}"
 
 
 def _own(tokenizer: Any) -> str:

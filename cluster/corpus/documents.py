@@ -52,21 +52,25 @@ BEGIN = np.zeros((1, 3), np.int64)
 """Marks of a file that was not measured, or that can only be read from its beginning on."""
 
 
-def measure_lines(file: SourceFile) -> Measure:
+def measure_lines(file: SourceFile, content: str) -> Measure:
     """Count the documents of a file of lines; each of them is parsed, so that none can stop a run in its middle.
 
-    Raises CorpusError naming the line that is no document.
+    ``content`` is the column that becomes tokens. A line may leave it out, as JSON does with what is empty, but not all
+    of them. Raises CorpusError naming the line that is no document, or the file that has no such column.
     """
     marks = [(0, 0, 0)]
     num_documents = position = 0
+    has_content = False
     with reading(file), open_stream(file) as stream:
         for number, line in enumerate(stream):
             if not line.isspace():
                 if position >= marks[-1][1] + MARK_BYTES and not file.is_compressed:
                     marks.append((num_documents, position, number))
-                _parse(file, number + 1, line)
+                has_content |= content in _parse(file, number + 1, line)
                 num_documents += 1
             position += len(line)
+    if num_documents and not has_content:
+        raise CorpusError(f"{file.name} has no column {content!r}, which the corpus' first file has")
     return Measure(num_documents, position, np.array(marks, np.int64))
 
 
@@ -99,7 +103,7 @@ def read_text(
     """The one document of a text file, with all ends of lines as line feeds."""
     if start == 0:
         with reading(file), open_stream(file) as stream:
-            text = io.TextIOWrapper(stream, encoding="utf-8").read()
+            text = io.TextIOWrapper(stream, encoding="utf-8-sig").read()  # the mark of a file's begin is no text
         yield Document({"text": text}, file, 1)
 
 
@@ -117,7 +121,7 @@ def _parse(file: SourceFile, number: int, line: bytes) -> dict[str, Any]:
     """A line's document. Raises CorpusError: it is none, or holds characters that no encoding can carry."""
     try:
         if file.format == "lines":
-            return {"text": line.decode().rstrip("\r\n")}
+            return {"text": line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")}
         document = json.loads(line)
         if rb"\ud" in line.lower():  # half a surrogate pair is no character, and JSON lets it pass
             json.dumps(document, ensure_ascii=False).encode()

@@ -1,6 +1,7 @@
 """The files of a corpus, in order: found by globs or named by the Hub, and opened wherever they lie."""
 
 import io
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from math import inf
@@ -39,7 +40,8 @@ class SourceFile(NamedTuple):
     format: str
     """One of `SourceConfig.format`."""
     stamp: str
-    """Changes when the file does: of path, size and time; of what the file system knows; of the Hub commit."""
+    """Changes when the file does, and is the same on every node: of path, size and time; of what the file system knows;
+    of the Hub commit."""
     num_bytes: float
     """Its size where it is local, infinite elsewhere."""
     snapshot: hub.Snapshot | None = None
@@ -63,15 +65,22 @@ def find_files(source: SourceConfig) -> list[SourceFile]:
             SourceFile(path, path, data_format, digest_json([*snapshot[:2], path]), inf, snapshot) for path in paths
         ]
     found = _expand(source.files)
-    data_format = source.format or _format([path for path, _, _ in found])
+    paths = [path for path, _, _ in found]
+    if twice := sorted(path for path, count in Counter(paths).items() if count > 1):
+        raise CorpusError(
+            f"{twice[0]} is named twice by tokens.source.files, and each of its documents would be in the store twice: "
+            "let one pattern match it"
+        )
+    data_format = source.format or _format(paths)
     return [SourceFile(path.rsplit("/", 1)[-1], path, data_format, stamp, size) for path, stamp, size in found]
 
 
 CHANGE_WITH_CONTENT = (
-    "size", "etag", "last-modified", "lastmodified", "last_modified", "mtime", "modified", "updated", "generation",
-    "md5hash", "content-md5", "content_md5", "crc32c", "versionid",
+    "etag", "md5hash", "content-md5", "content_md5", "crc32c", "generation",
+    "last-modified", "lastmodified", "last_modified", "mtime", "modified", "updated",
 )  # fmt: skip
-"""What file systems tell of a file that is another one for another content."""
+"""What file systems tell of a file that is another one for another content: the first that is told is taken, since a
+listing tells more or less of it than a question for one file, and times in other forms."""
 
 
 @contextmanager
@@ -113,10 +122,9 @@ def _expand(patterns: list[str]) -> list[tuple[str, str, float]]:
         try:
             fs, path = fsspec.core.url_to_fs(pattern)
             found = sorted(p for p in fs.glob(path) if fs.isfile(p))
-            if "file" in fs.protocol:
-                files += [(path, *_local_facts(path)) for path in found]
-            else:
-                files += [(fs.unstrip_protocol(path), _remote_stamp(fs, path), inf) for path in found]
+            if not found:
+                _say_why(fs, path)
+            files += [(_name(fs, p), *_stamp(fs, p)) for p in found]
         except (ValueError, ImportError, OSError) as error:
             raise CorpusError(f"file {pattern!r} cannot be looked up: {error}") from error
         if not found:
@@ -124,16 +132,42 @@ def _expand(patterns: list[str]) -> list[tuple[str, str, float]]:
     return files
 
 
-def _remote_stamp(fs: Any, path: str) -> str:
-    """What changes when the file does: fsspec's own key, which for some file systems is the name alone, and more."""
-    told = {key: str(value) for key, value in fs.info(path).items() if key.lower() in CHANGE_WITH_CONTENT}
-    return digest_json([str(fs.ukey(path)), told])
+def _say_why(fs: Any, path: str) -> None:
+    """Raise what kept a file from being found: on a host of the web that does not answer it may be there."""
+    try:
+        fs.info(path)
+    except FileNotFoundError as error:
+        if isinstance(error.__cause__, OSError) and not isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
 
 
-def _local_facts(path: str) -> tuple[str, int]:
-    real = Path(path).resolve()
-    stat = real.stat()
-    return digest_json([str(real), stat.st_size, stat.st_mtime_ns]), stat.st_size
+def check_unchanged(file: SourceFile) -> None:
+    """Refuse a file that is another one than when it was found. Raises CorpusError."""
+    if file.snapshot is not None:  # a commit never changes
+        return
+    try:
+        found, _ = _stamp(*fsspec.core.url_to_fs(file.path))
+    except OSError as error:
+        raise CorpusError(f"{file.name} cannot be found any more: {error}") from error
+    if found != file.stamp:
+        raise CorpusError(
+            f"{file.name} has changed since the corpus was looked through (its size, time or checksum): begin again in "
+            "another tokens.path, and leave the files alone until it is finished"
+        )
+
+
+def _name(fs: Any, path: str) -> str:
+    return path if "file" in fs.protocol else str(fs.unstrip_protocol(path))
+
+
+def _stamp(fs: Any, path: str) -> tuple[str, float]:
+    """The file's stamp, and its size where it is local."""
+    if "file" in fs.protocol:
+        stat = Path(path).stat()
+        return digest_json([path, stat.st_size, stat.st_mtime_ns]), stat.st_size
+    told = {key.lower(): str(value) for key, value in fs.info(path).items()}
+    changing = next((told[key] for key in CHANGE_WITH_CONTENT if key in told), None)
+    return digest_json([_name(fs, path), told.get("size"), changing or str(fs.ukey(path))]), inf
 
 
 def _format(paths: list[str]) -> str:

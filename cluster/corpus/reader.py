@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from cluster.config import SourceConfig
 from cluster.corpus.documents import BEGIN, Document
-from cluster.corpus.files import SourceFile
+from cluster.corpus.files import SourceFile, check_unchanged
 from cluster.corpus.scan import Scan, Wanted, column_kinds, read_file
 from cluster.corpus.tables import SIMPLE
 from logit_store.errors import ConfigError, CorpusError
@@ -40,13 +40,14 @@ class Corpus(NamedTuple):
         return int(self.starts[-1])
 
     def read(self, start: int, stop: int) -> Iterator[Document]:
-        """The documents ``start`` to ``stop``, one at a time."""
+        """The documents ``start`` to ``stop``, one at a time. Raises CorpusError: a file is not what was scanned."""
         first = int(np.searchsorted(self.starts, start, side="right")) - 1
         for i in range(first, len(self.files)):
             begin, end = int(self.starts[i]), int(self.starts[i + 1])
             if begin >= stop:
                 return
             if start < end:
+                check_unchanged(self.files[i])
                 documents = read_file(self.files[i], self.marks[i], max(start - begin, 0), self.columns)
                 yield from take(documents, min(stop, end) - max(start, begin))
 

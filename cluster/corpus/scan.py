@@ -96,9 +96,9 @@ def _content(file: SourceFile) -> str:
 def _measure(file: SourceFile, wanted: Wanted) -> Measure:
     if file.format in ("parquet", "arrow"):
         return measure_table(file, wanted.kinds, wanted.content)
-    return measure_text(file) if file.format == "text" else measure_lines(file)
+    return measure_text(file) if file.format == "text" else measure_lines(file, wanted.content)
 
 
 def _key(file: SourceFile, wanted: Wanted) -> str:
-    asked = [wanted.content, sorted(wanted.kinds.items())] if file.format in ("parquet", "arrow") else []
-    return digest_json([file.format, file.stamp, asked])
+    is_table = file.format in ("parquet", "arrow")
+    return digest_json([file.format, file.stamp, wanted.content, sorted(wanted.kinds.items()) if is_table else []])

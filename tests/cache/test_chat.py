@@ -27,6 +27,7 @@ TEMPLATE = (
     "{% else %}<{{ message.role }}>{{ message.content + '\n' }}{% endif %}{% endfor %}"
 )
 WORDS = ["print(x)", "why?", "because", "naïve", "🦀", "<a>", "\n\n", " ", "def f():", "1234567"]
+SYSTEM = {"role": "system", "content": "be brief"}
 CHAT = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "because"}]
 
 
@@ -101,6 +102,22 @@ def test_tables_and_lines_give_the_same_rows(tokenize_here: Callable[..., Any], 
     assert [table[i].document for i in range(len(table))] == [lines[i].document for i in range(len(lines))]
 
 
+def test_tables_and_lines_give_the_same_calls_of_tools(tokenize_here: Callable[..., Any], tmp_path: Path) -> None:
+    """A table gives each call the arguments that any call has."""
+    made = []
+    for name, arguments in (("f", {"a": 1}), ("g", {"b": "x"}), ("h", {})):
+        call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        made.append([CHAT[0], {"role": "assistant", "content": None, "tool_calls": [call]}])
+    template = TEMPLATE.replace("{{ message.content }}<|", "{{ message.content }}{{ message.tool_calls | tojson }}<|")
+    (tmp_path / "t.jinja").write_text(template)
+    options = {"messages_column": "chat", "chat_template": str(tmp_path / "t.jinja")}
+    pa.parquet.write_table(pa.Table.from_pylist([{"chat": m} for m in made]), tmp_path / "c.parquet")
+    lines = tokenize_here([{"chat": m} for m in made], **options)
+    table = tokenize_here({"files": [str(tmp_path / "c.parquet")]}, path=str(tmp_path / "table"), **options)
+    assert table.manifest["text_id"] == lines.manifest["text_id"]
+    assert [table[i].document for i in range(len(table))] == [lines[i].document for i in range(len(lines))]
+
+
 def test_a_character_of_several_tokens_is_marked_whole(tokenizer: Path) -> None:
     """Where transformers' mask, which asks for the token of a span's last character, is one of three bytes short."""
     loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
@@ -132,7 +149,11 @@ def test_tokens_within_spans() -> None:
         (TEMPLATE.replace("generation", "raw"), {}, "does not mark what the assistant says"),
         ("{% generation %}{{ strftime_now('%d') }}{% endgeneration %}", {}, "writes today's date"),
         ("{% generation %}{% endgeneration %}{{ messages[0].content }}", {}, "line 1: the assistant speaks, but"),
-        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", {}, "line 1: the chat template marks all of"),
+        ("{% generation %}{{ messages[0].content }}{% endgeneration %}", {}, r"t\.jinja marks what the user says"),
+        (TEMPLATE.replace("'assistant'", "'user'"), {}, "marks what the user says"),
+        ("{% generation %}:{% endgeneration %}{{ messages[1].content }}", {}, "or leaves out what the assistant says"),
+        ("{% generation %}{{ 1 // 0 }}{% endgeneration %}", {}, "line 1: the chat template refuses.*modulo by zero"),
+        ("{% generation %}{% endgeneration %}{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", {}, "maximum recursion"),
         ("{% generation %}{% endgeneration %}{{ raise_exception('roles!') }}", {}, "the chat template refuses.*roles!"),
         ("{% generation %}{% endgeneration %}{{ oh no", {}, "line 1: the chat template refuses the conversation"),
         (TEMPLATE, {"chat_template": "/nowhere.jinja"}, "tokens.chat_template=/nowhere.jinja cannot be read"),
@@ -177,9 +198,12 @@ def test_another_template_is_another_store(tokenize_here: Callable[..., Any], te
 
 
 def test_a_mask_of_everything_that_is_predicted_is_refused(tokenizer: Path) -> None:
-    """Nothing predicts the first token: that it is not marked says nothing."""
+    """Nothing predicts the first token: that it is not marked says nothing. The template renders no plain question."""
     loaded = load_tokenizer(str(tokenizer), None, trust_remote_code=False)
-    everyone = END + "{% generation %}{% for message in messages %}{{ message.content }}{% endfor %}{% endgeneration %}"
+    everyone = END + (
+        "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}"
+        "{% generation %}{% for message in messages %}{{ message.content }}{% endfor %}{% endgeneration %}"
+    )
     config = TokensConfig(path="", source=SourceConfig(files=["x"], messages_column="m"), tokenizer="")
     with pytest.raises(CorpusError, match="marks all of the conversation as the assistant's"):
-        list(ChatEncoder(config, loaded, everyone)([Document({"m": CHAT}, FILE, 1)]))
+        list(ChatEncoder(config, loaded, everyone)([Document({"m": [SYSTEM, *CHAT]}, FILE, 1)]))

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import fsspec
 import numpy as np
@@ -21,9 +21,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from cluster.config import SourceConfig
-from cluster.corpus import documents
+from cluster.corpus import documents, files
 from cluster.corpus.files import find_files
-from cluster.corpus.reader import Corpus, corpus_identity, first_documents, wanted_columns
+from cluster.corpus.reader import Corpus, corpus_identity, first_documents, take, wanted_columns
 from cluster.corpus.scan import keep_scan, known_scan, scan_files
 from logit_store.errors import CorpusError
 from tests.cache.hub_server import COMMIT, DATASET, hub_of
@@ -146,6 +146,21 @@ def test_files_behind_a_url() -> None:
     assert write(TEXTS) != write(["other"])
 
 
+def test_a_line_may_leave_out_what_is_empty_and_another_column_is_looked_for_anew(tmp_path: Path) -> None:
+    """That an earlier command with another column looked through the file says nothing of this one's column."""
+    (tmp_path / "a.jsonl").write_text('{"text": "x", "body": "y"}\n')
+    (tmp_path / "b.jsonl").write_text('{"id": 1}\n{"text": "z"}\n')
+    by_text = SourceConfig(files=[f"{tmp_path}/*.jsonl"])
+    assert texts_of(corpus_of(by_text)) == ["x", None, "z"]
+    found = find_files(by_text)
+    wanted = wanted_columns(found, by_text, [])
+    for file, scan in zip(found, scan_files(wanted, found), strict=True):
+        keep_scan(file, wanted, scan)
+    by_body = wanted_columns(found, by_text.model_copy(update={"text_column": "body"}), [])
+    assert known_scan(found[1], wanted) is not None
+    assert known_scan(found[1], by_body) is None
+
+
 def test_what_was_found_is_remembered_until_the_file_changes(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(as_lines(TEXTS))
@@ -168,10 +183,60 @@ def test_a_corpus_that_changes_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "c.jsonl"
     path.write_bytes(as_lines(TEXTS))
     corpus = corpus_of(SourceConfig(files=[str(path)]))
-    path.write_bytes(as_lines(TEXTS[:3]))
-    assert texts_of(corpus, 0, 3) == TEXTS[:3]
-    with pytest.raises(CorpusError, match="the corpus has changed while it was read: 2 documents fewer"):
+    path.write_bytes(as_lines([text.upper() for text in TEXTS]))  # of the same size, so that only the time differs
+    with pytest.raises(CorpusError, match=r"c\.jsonl has changed since the corpus was looked through"):
+        texts_of(corpus, 1, 2)
+    path.unlink()
+    with pytest.raises(CorpusError, match=r"c\.jsonl cannot be found any more"):
         texts_of(corpus)
+    with pytest.raises(CorpusError, match="the corpus has changed while it was read: 2 documents fewer"):
+        list(take(iter([]), 2))
+
+
+def test_a_remote_file_that_changes_and_one_that_is_told_of_in_two_ways() -> None:
+    """A listing and a question for one file tell the same checksum among different other things."""
+
+    class Store(NamedTuple):
+        told: dict[str, Any]
+        protocol: tuple[str, ...] = ("s4",)
+
+        def info(self, _path: str) -> dict[str, Any]:
+            return self.told
+
+        def unstrip_protocol(self, path: str) -> str:
+            return f"s4://{path}"
+
+    def stamp(**told: Any) -> str:
+        return files._stamp(Store(told), "bucket/c.jsonl")[0]
+
+    listed = stamp(Size=3, size=3, ETag='"a"', LastModified="2026-01-01T00:00:00.000Z")
+    assert stamp(size=3, ETag='"a"', LastModified="Thu, 01 Jan 2026", VersionId=None) == listed
+    assert stamp(size=3, ETag='"b"') != listed
+    path = "memory://changing/c.jsonl"
+    fsspec.filesystem("memory").pipe_file("/changing/c.jsonl", as_lines(["old"]))
+    corpus = corpus_of(SourceConfig(files=[path]))
+    assert texts_of(corpus) == ["old"]
+    fsspec.filesystem("memory").pipe_file("/changing/c.jsonl", as_lines(["new"]))
+    with pytest.raises(CorpusError, match="has changed since"):
+        texts_of(corpus)
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "c.txt").write_bytes(b"\xef\xbb\xbfone\n\xef\xbb\xbftwo")
+    expected: dict[Literal["text", "lines"], list[str]] = {"text": ["one\n\ufefftwo"], "lines": ["one", "\ufefftwo"]}
+    for data_format, texts in expected.items():
+        assert texts_of(corpus_of(SourceConfig(files=[str(tmp_path / "c.txt")], format=data_format))) == texts
+
+
+def test_a_file_that_two_patterns_match_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "c.jsonl").write_bytes(as_lines(TEXTS))
+    with pytest.raises(CorpusError, match=r"c\.jsonl is named twice by tokens\.source\.files"):
+        find_files(SourceConfig(files=[f"{tmp_path}/*.jsonl", f"{tmp_path}/c*"]))
+
+
+def test_a_host_that_does_not_answer_is_not_a_file_that_is_not_there() -> None:
+    with pytest.raises(CorpusError, match=r"file 'http://127\.0\.0\.1:1/c\.jsonl' cannot be looked up: Cannot connect"):
+        find_files(SourceConfig(files=["http://127.0.0.1:1/c.jsonl"]))
 
 
 # What cannot be read
@@ -196,6 +261,7 @@ def test_a_corpus_that_changes_while_it_is_read(tmp_path: Path) -> None:
         ({"a.parquet": "plain"}, "a.parquet cannot be read as parquet"),
         ({"a.arrow": "plain"}, "a.arrow cannot be read as arrow"),
         ({"a.txt": b"\xff"}, "a.txt cannot be read as text"),
+        ({"a.jsonl": '{"text": "x"}\n', "b.jsonl": '{"body": "x"}\n'}, "b.jsonl has no column 'text', which"),
         ({"a.csv": "x"}, "format of .* is not clear"),
         ({"a.jsonl": "{}\n", "b.parquet": ""}, "format of .* is not clear"),
     ],

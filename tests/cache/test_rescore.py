@@ -1,6 +1,7 @@
 """`decant verify --rescore`: the teacher is asked again, and labels that are not its own do not pass."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import decant
-from cluster.rescore import rescore
+from cluster.rescore import _teacher_config, rescore
 from logit_store import LogitStore, Storage, writer
 from logit_store.errors import ConfigError, StoreError, TeacherError
 from logit_store.manifest import ADDED_TO_HEADER
@@ -85,6 +86,39 @@ def test_a_teacher_that_moved_and_a_slice_of_its_labels(
     drift = rescore(child.storage.url, 5, str(moved))
     assert drift.overall.common_ids / drift.overall.possible_ids > 0.95  # rounding ties ids at the cut
     assert drift.is_within(0.01)
+
+
+def test_code_beside_a_teacher_runs_only_when_whoever_asks_says_so(
+    make_store: Callable[..., Any], teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Its manifest may say that the code was trusted: a store is data, and no reason to trust anything."""
+    folder, ran = shutil.copytree(teacher, tmp_path / "with_code"), tmp_path / "ran"
+    (folder / "own.py").write_text(
+        f"from pathlib import Path\nPath({str(ran)!r}).touch()\n"
+        "from transformers import Qwen3Config, Qwen3ForCausalLM\n"
+        "class OwnConfig(Qwen3Config):\n    model_type = 'own'\n"
+        "class Own(Qwen3ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text()) | {"model_type": "own"}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.Own"}
+    (folder / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    store = make_store("rescored-code", teacher={"model": str(folder), "trust_remote_code": True})
+    assert store.manifest["provenance"]["teacher"]["trust_remote_code"]
+    ran.unlink()
+    command = ["verify", store.storage.url, "--rescore", "1"]
+    assert decant.main(command) == 2
+    assert "is no model that transformers can read" in capsys.readouterr().err
+    assert not ran.exists()
+    assert decant.main([*command, "--trust-remote-code"]) == 0
+
+
+def test_pickles_are_read_only_when_whoever_asks_says_so(store: LogitStore) -> None:
+    provenance = json.loads(json.dumps(store.manifest["provenance"]))
+    provenance["teacher"] |= {"pickled_weights": True, "trust_remote_code": True}
+    assert not _teacher_config(store, provenance, None, []).pickled_weights
+    asked = _teacher_config(store, provenance, None, ["pickled_weights"])
+    assert (asked.pickled_weights, asked.trust_remote_code) == (True, False)
 
 
 def test_what_cannot_be_scored_says_why(store: LogitStore, tmp_path: Path) -> None:

@@ -207,6 +207,16 @@ def test_stretches_are_runs_of_consecutive_shards() -> None:
     assert [shard for stretch in many[:9] for shard in stretch] == list(range(9 * 245))
 
 
+def test_the_driver_tries_the_config_on_the_begin_of_one_document(tokenize_here: Callable[..., Any]) -> None:
+    text = "x = 1\n" * 20_000
+    with mock.patch("cluster.tokenize.document_rows", wraps=document_rows) as made:
+        store = tokenize_here([{"text": text}, {"text": text}], num_shards=1)
+    (tried,), of_task = (call.args[0] for call in made.call_args_list)
+    assert tried.values["text"] == text[: 64 * 1024]
+    assert [document.values["text"] for document in of_task] == [text, text]
+    assert store.manifest["num_documents"] == 2
+
+
 # Token ids
 
 
@@ -279,6 +289,7 @@ def test_ids_that_are_none(refused: Callable[..., str], document: dict[str, Any]
         ({"ids_column": "b"}, {"chat_template": "x"}, "`chat_template` is for conversations"),
         ({"messages_column": "b"}, {"loss_on": "user"}, "input should be 'assistant' or 'all'"),
         ({"files": []}, {}, "give `dataset` .a Hub id. or `files`"),
+        ({"dataset": "a/b", "format": "text"}, {}, "`format` is for `files` without a `dataset`"),
     ],
 )
 def test_keys_that_contradict_each_other(

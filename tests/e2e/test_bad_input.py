@@ -67,11 +67,24 @@ def test_cache_refuses_before_anything_is_written(
     encoder, pickled = tmp_path / "encoder", make_teacher(tmp_path / "pickled", tokenizer)
     BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1)).save_pretrained(encoder)
     (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    torn, incomplete, mistyped = (shutil.copytree(short, tmp_path / n) for n in ("torn", "incomplete", "mistyped"))
+    (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:-1])
+    (incomplete / "model.safetensors").rename(incomplete / "model-1.safetensors")
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (incomplete / "model.safetensors.index.json").write_text(json.dumps(index))
+    described = json.loads((mistyped / "config.json").read_text()) | {"max_position_embeddings": "48"}
+    (mistyped / "config.json").write_text(json.dumps(described))
+    (tmp_path / "file").write_text("x")
     AutoTokenizer.from_pretrained(tokenizer).train_new_from_iterator(["a b c"] * 9, 300).save_pretrained(foreign)
     cases = {
         f"teacher.model={foreign}": "give different ids to tokens: tokenize again",
         "tokens.window=40": "window is 48 there and 40 here. Run `decant tokenize`",
         "store.path=s4://bucket/store": "s4://bucket/store cannot be opened: Protocol not known",
+        "store.path=''": "the path of a store is empty: give a directory or a URL",
+        f"store.path={tmp_path}/file": "file is a file, where a directory is needed: choose another path",
+        f"store.path={tmp_path}/file/store": "file is a file, where a directory is needed: choose another path",
+        "store.path=ftp://127.0.0.1:1/store": "ftp://127.0.0.1:1/store cannot be opened: [Errno 111]",
+        "store.path=hf://datasets/x@y/z": "cannot be opened: Invalid HF URI",
         "targets.k=401": "targets.k = 401 is larger than the vocabulary of 400",
         "targets.kk=4": "unknown key 'targets.kk'; did you mean 'k'?",
         "targets.k=four": "targets.k: input should be a valid integer",
@@ -83,6 +96,9 @@ def test_cache_refuses_before_anything_is_written(
         "with tokens.window <= 47",
         f"teacher.model={encoder}": "BertModel (model type bert), which has no causal LM head",
         f"teacher.model={pickled}": "holds no weights in *.safetensors. Pickle files",
+        f"teacher.model={torn}": "model.safetensors is cut short, or no safetensors file: ",
+        f"teacher.model={incomplete}": "lacks 1 of the 2 files with weights that model.safetensors.index.json names",
+        f"teacher.model={mistyped}": "no model that transformers can read: Validation error for field 'max_position",
         "targets.always=[7,400]": "targets.always names id 400, but the vocabulary has the ids 0 to 399",
         "targets.kind=threshold": "targets: kind=threshold has no `k`",
         "teacher.tensor_parallel=2": "tensor_parallel is not for teacher.backend=transformers: leave it out",

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 
 import decant
-from cluster.submit import CREDENTIALS
 from cluster.tokenizer import load_tokenizer
 from logit_store import LogitStore
 from logit_store.errors import ConfigError
@@ -161,8 +160,25 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(
     assert "plantedkey" not in shown.err + shown.out
 
 
-def test_a_url_with_a_user_alone_is_fine() -> None:
-    assert not CREDENTIALS.search("abfs://container@account.dfs.core.windows.net/store?versionId=3")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["status", "memory://AKIA:plantedkey@bucket/store"],
+        ["verify", "memory://AKIA:plantedkey@bucket/store"],
+        ["slice", "STORE", "--k", "4", "--out", "memory://AKIA:plantedkey@bucket/slice"],
+        ["export", "STORE", "--out", "memory://AKIA:plantedkey@bucket/export"],
+        ["stats", "STORE", "--out", "memory://AKIA:plantedkey@bucket/stats"],
+        ["merge", "STORE", "--out", "memory://AKIA:plantedkey@bucket/merged"],
+        ["diff", "STORE", "memory://AKIA:plantedkey@bucket/store"],
+    ],
+)
+def test_no_verb_takes_a_url_with_credentials(
+    capsys: pytest.CaptureFixture[str], store: LogitStore, arguments: list[str]
+) -> None:
+    assert decant.main([argument.replace("STORE", store.storage.url) for argument in arguments]) == 2
+    shown = capsys.readouterr()
+    assert "is a URL with credentials" in shown.err
+    assert "plantedkey" not in shown.err + shown.out
 
 
 # Code

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from cluster.config import CacheConfig
+from logit_store import Storage
 from logit_store.config import dump_config, load_config
-from logit_store.errors import ConfigError
+from logit_store.errors import ConfigError, StoreError
 from tests.toy import ROOT
 from training.config import TrainConfig
 
@@ -26,6 +27,13 @@ STUDENT = ROOT / "configs/demo/student-small.yaml"
         ("teacher.backend=onnx", "teacher.backend: .*'transformers' or 'vllm'.*got str 'onnx'"),
         ("tokens.source.files=[]", "tokens.source: give `dataset`"),
         ("targets.temperatures=[1.0]", "targets: temperatures must be positive, different and other than 1"),
+        ("teacher.quantization=8bit", "quantization = 8bit needs a GPU, and cluster.gpus_per_worker = 0"),
+        ("cluster.resources_per_worker={CPU: 4}", "CPU is Ray's own: set cluster.cpus_per_worker"),
+        ("cluster.resources_per_worker={memory: 1e9}", "memory is Ray's own: leave it out"),
+        ("cluster.resources_per_worker={x: -1}", "x is -1: Ray takes shares from 0.0001 to 1, and whole numbers"),
+        ("cluster.resources_per_worker={x: 1.5}", "x is 1.5: Ray takes"),
+        ("cluster.resources_per_worker={x: .inf}", "x is inf: Ray takes"),
+        ("cluster.address=http://head:8265", "cluster.address: http://head:8265 .* HOST:6379 or ray://HOST:10001"),
         ("targets", "not of the form a.b=value"),
         ("targets.k.j=1", "'k' is a value, not a section"),
     ],
@@ -48,6 +56,43 @@ def test_errors_name_the_key_and_the_remedy(override: str, message: str) -> None
 def test_training_configs_are_checked_across_fields(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(TrainConfig, STUDENT, [override])
+
+
+def test_a_cluster_called_local_is_one_of_our_own() -> None:
+    assert load_config(CacheConfig, CACHE, ["cluster.address=local"]).cluster.address is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://AKIA:planted/key@bucket/store",
+        "s3://AKIA:planted#key@bucket/store",
+        "simplecache::s3://:plantedkey@bucket/store",
+        "https://ghp_plantedkey@host/store",
+        "https://host/store?X-Amz-Signature=plantedkey",
+        "https://host/store#access_token=plantedkey",
+    ],
+)
+def test_credentials_are_refused_in_every_config_and_for_every_store(url: str) -> None:
+    for cls, path, key in (
+        (TrainConfig, STUDENT, "data.store"),
+        (CacheConfig, CACHE, "store.path"),
+        (CacheConfig, CACHE, "teacher.batch_tokens"),  # also where it is of the wrong type
+        (CacheConfig, CACHE, "teacher.modl"),
+    ):
+        with pytest.raises(ConfigError, match=f"^{key} is a URL with credentials") as caught:
+            load_config(cls, path, [f"{key}='{url}'"])
+        assert "planted" not in str(caught.value)
+    with pytest.raises(StoreError, match="is a URL with credentials") as refused:
+        Storage(url)
+    assert "planted" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["abfs://container@account.dfs.core.windows.net/x?versionId=3", "hdfs://host:8020/a@b", "ray://host:10001"]
+)
+def test_a_user_alone_and_a_port_are_no_credentials(url: str) -> None:
+    assert load_config(CacheConfig, CACHE, [f"store.path={url}"]).store.path == url
 
 
 def test_numbers_in_scientific_notation_are_numbers() -> None:

@@ -292,7 +292,7 @@ def test_a_directory_of_something_else_is_left_alone(tmp_path: Path, refused: Ca
 def test_a_disk_that_is_full_is_one_line(tmp_path: Path, refused: Callable[..., str]) -> None:
     url = example(tmp_path).storage.url
     (tmp_path / "file").write_text("")
-    assert "cannot write" in refused(url, "--out", tmp_path / "file" / "out")
+    assert "is a file, where a directory is needed" in refused(url, "--out", tmp_path / "file" / "out")
     script = f"""
 import resource, decant
 resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
