@@ -90,17 +90,42 @@ class Index:
         )
 
 
-def encode_shards(records: Sequence[dict[str, Any]]) -> bytes:
-    """Arrow file bytes of the table of shards, from their commit records in order."""
-    columns: dict[str, pa.Array] = {
-        name: pa.array([bytes.fromhex(record[name]) for record in records], pa.binary(32)) for name in HASHES
-    }
-    columns |= {name: pa.array([record.get(name, 0) for record in records], pa.int64()) for name in COUNTS}
-    columns |= {name: pa.array([record.get(name, 0.0) for record in records], pa.float64()) for name in MEASURES}
-    sections = sorted({section for record in records for section in record["sections"]})
-    for section in sections:
-        columns[f"bytes.{section}"] = pa.array([record["sections"].get(section, 0) for record in records], pa.int64())
-    return write_batch(pa.record_batch(columns))
+class ShardColumns:
+    """What the table of shards will say, taken from commit records, of which nothing else stays in memory."""
+
+    def __init__(self, num_shards: int) -> None:
+        self.hashes = {name: np.zeros((num_shards, 32), np.uint8) for name in HASHES}
+        self.numbers: dict[str, NDArray[Any]] = {name: np.zeros(num_shards, np.int64) for name in COUNTS}
+        self.numbers |= {name: np.zeros(num_shards, np.float64) for name in MEASURES}
+        self.sections: dict[str, NDArray[np.int64]] = {}
+
+    def put(self, shard: int, record: dict[str, Any]) -> None:
+        """Take a shard's record."""
+        for name, hashes_S in self.hashes.items():
+            hashes_S[shard] = np.frombuffer(bytes.fromhex(record[name]), np.uint8)
+        for name, numbers_S in self.numbers.items():
+            numbers_S[shard] = record.get(name, 0)
+        for section, size in record["sections"].items():
+            self.sections.setdefault(section, np.zeros(self.num_shards, np.int64))[shard] = size
+
+    @property
+    def num_shards(self) -> int:
+        """How many shards the table has."""
+        return len(self.numbers["rows"])
+
+    def hash(self, column: str, shard: int) -> str:
+        """A shard's SHA-256 (`sha256`, `text_sha256`) as hexadecimal text."""
+        return self.hashes[column][shard].tobytes().hex()
+
+    def encode(self) -> bytes:
+        """Arrow file bytes of the table."""
+        columns: dict[str, pa.Array] = {
+            name: pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), len(column), [None, pa.py_buffer(column)])
+            for name, column in self.hashes.items()
+        }
+        columns |= {name: pa.array(column) for name, column in self.numbers.items()}
+        columns |= {f"bytes.{section}": pa.array(self.sections[section]) for section in sorted(self.sections)}
+        return write_batch(pa.record_batch(columns))
 
 
 class ShardTable:

@@ -2,7 +2,8 @@
 
 import base64
 import zlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from logit_store.format import (
     HEADER,
     INDEX,
     MANIFEST,
+    OBJECT_NAME,
     RECORD_NAME,
     SHARDS,
     TEMPORARY_SUFFIX,
@@ -26,10 +28,10 @@ from logit_store.format import (
     unseal,
 )
 from logit_store.identity import digest, require_equal, text_id
-from logit_store.index import encode_index, encode_shards, page_checksums
+from logit_store.index import ShardColumns, encode_index, page_checksums
 from logit_store.manifest import layout_of, read_manifest
 from logit_store.record import rows_of_record
-from logit_store.rows import SPLITS, LogitRow, TokenRow, offsets_of
+from logit_store.rows import SPLITS, LogitRow, TokenRow
 from logit_store.storage import Storage
 
 Record = dict[str, Any]
@@ -123,17 +125,6 @@ def is_committed(storage: Storage, num_shards: int) -> NDArray[np.bool_]:
     return found
 
 
-def committed(storage: Storage, num_shards: int) -> dict[int, Record]:
-    """The commit records that are there, by shard."""
-    shards, records = np.flatnonzero(is_committed(storage, num_shards)).tolist(), {}
-    for start in range(0, len(shards), RECORDS_AT_ONCE):
-        part = shards[start : start + RECORDS_AT_ONCE]
-        texts = storage.read_many([record_name(shard) for shard in part])
-        for shard, text in zip(part, texts, strict=True):
-            records[shard] = unseal(text, "record", storage.path(record_name(shard)))
-    return records
-
-
 def read_record(storage: Storage, shard: int) -> Record:
     """A shard's commit record. Raises CorruptError, FormatError."""
     return unseal(storage.read(record_name(shard)), "record", storage.path(record_name(shard)))
@@ -147,63 +138,72 @@ def finish(storage: Storage, header: dict[str, Any], files: dict[str, bytes]) ->
     if storage.exists(MANIFEST):  # another run was faster: what it wrote stands
         return read_manifest(storage)
     num_shards = int(header["num_shards"])
-    records = committed(storage, num_shards)
-    if len(records) < num_shards:
-        raise NotFinishedError(f"{storage.url}: {num_shards - len(records)} of {num_shards} shards are not committed")
-    ordered = [records[shard] for shard in range(num_shards)]
-    found = text_id(header["tokenizer"]["vocabulary_sha256"], [record["text_sha256"] for record in ordered])
+    if num_missing := num_shards - int(is_committed(storage, num_shards).sum()):
+        raise NotFinishedError(f"{storage.url}: {num_missing} of {num_shards} shards are not committed")
+    index, table, left_out = _gather(storage, num_shards)
+    texts = [table.hash("text_sha256", shard) for shard in range(num_shards)]
+    found = text_id(header["tokenizer"]["vocabulary_sha256"], texts)
     if header.get("text_id", found) != found:
         raise IdentityError(
             f"{storage.url}: its shards are not of text_id {header['text_id'][:12]}…: the token "
             "shards have changed since it was begun. Make the store again in an empty directory"
         )
-    index, shards = _index(ordered), encode_shards(ordered)
+    shards = table.encode()
     for name, data in {INDEX: index, SHARDS: shards, **files}.items():
         if not storage.create(name, data) and storage.read(name) != data:
             if storage.exists(MANIFEST):
                 return read_manifest(storage)
             storage.delete(name)  # left by an attempt that died before the manifest, with another library version
             storage.create(name, data)
-    _remove_strays(storage, records)
+    _remove_strays(storage, table)
     manifest = {
         **header,
         "text_id": found,
         "index": {"bytes": len(index), "crc32": page_checksums(index)},
         "shards_sha256": digest(shards),
         "files": {name: digest(data) for name, data in sorted(files.items())},
-        **{f"num_{name}": sum(record[name] for record in ordered) for name in ("rows", "tokens", "positions", "bytes")},
+        **{f"num_{name}": table.numbers[name].sum().item() for name in ("rows", "tokens", "positions", "bytes")},
     }
-    if left_out := _left_out(ordered):
+    if left_out:
         manifest["left_out"] = left_out
     storage.create(MANIFEST, seal("manifest", manifest))
     return read_manifest(storage)
 
 
-def _index(records: Sequence[Record]) -> bytes:
-    rows = [rows_of_record(record) for record in records]
-    lengths = [np.zeros(0, np.int32), *(lengths for lengths, _ in rows)]
-    return encode_index(
-        np.concatenate(lengths), np.concatenate([np.zeros(0, np.int8), *(splits for _, splits in rows)])
-    )
+def _gather(storage: Storage, num_shards: int) -> tuple[bytes, ShardColumns, dict[str, str]]:
+    """Of all commit records, read a few at a time (the records of a million shards would fill gigabytes): the bytes of
+    the index, the columns of the table, and the store's rows without labels and why.
+    """
+    lengths, splits, table, left_out = array("i"), array("b"), ShardColumns(num_shards), dict[str, str]()
+    for shard, record in enumerate(_records(storage, num_shards)):
+        first = len(lengths)
+        left_out |= {str(first + int(place)): reason for place, reason in record.get("left_out", {}).items()}
+        lengths_R, splits_R = rows_of_record(record)
+        lengths.frombytes(lengths_R.tobytes())
+        splits.frombytes(splits_R.tobytes())
+        table.put(shard, record)
+    return encode_index(np.asarray(lengths, np.int32), np.asarray(splits, np.int8)), table, left_out
 
 
-def _left_out(records: Sequence[Record]) -> dict[str, str]:
-    """Rows of the store without labels, and why."""
-    first_rows = offsets_of(np.array([record["rows"] for record in records], np.int64)).tolist()
-    return {
-        str(first + int(place)): reason
-        for first, record in zip(first_rows, records, strict=False)
-        for place, reason in record.get("left_out", {}).items()
-    }
+def _records(storage: Storage, num_shards: int) -> Iterator[Record]:
+    """The commit records in order."""
+    for start in range(0, num_shards, RECORDS_AT_ONCE):
+        names = [record_name(shard) for shard in range(start, min(start + RECORDS_AT_ONCE, num_shards))]
+        for name, sealed in zip(names, storage.read_many(names), strict=True):
+            yield unseal(sealed, "record", storage.path(name))
 
 
-def _remove_strays(storage: Storage, records: dict[int, Record]) -> None:
-    named = {
-        name.removeprefix("shards/") for shard in records for name in (record_name(shard), records[shard]["object"])
-    }
-    for name in storage.names("shards"):
-        if name not in named:
-            storage.delete(f"shards/{name}")
+def _remove_strays(storage: Storage, table: ShardColumns) -> None:
+    """Delete what no record names."""
+
+    def is_stray(name: str) -> bool:
+        if not (RECORD_NAME.fullmatch(name) or OBJECT_NAME.fullmatch(name)) or int(name[:6]) >= table.num_shards:
+            return True
+        shard = int(name[:6])
+        return f"shards/{name}" not in (record_name(shard), object_name(shard, table.hash("sha256", shard)))
+
+    for name in [name for name in storage.scan("shards") if is_stray(name)]:
+        storage.delete(f"shards/{name}")
     for folder in ("", "tokenizer/"):
         for name in storage.names(folder):
             if name.endswith(TEMPORARY_SUFFIX):

@@ -3,12 +3,14 @@
 vLLM's own prompt log-probs cost a softmax over all scheduled tokens at once, end as Python objects, and know nothing
 but the top k at temperature 1. `TargetCapture` is mixed into vLLM's worker class (its `worker_extension_cls`) and puts
 a function of ours in the place of `GPUModelRunner._get_prompt_logprobs_dict` (vllm/v1/worker/gpu_model_runner.py),
-which V1's model runner calls with the hidden states of each step. vllm itself is not imported here.
+which V1's model runner calls with the hidden states of each step. vllm itself is not imported here. A process of the
+engine that imports this file, which is before it loads its part of the model, watches its driver from then on.
 
 Shapes: S tokens scheduled in a step, N positions of a chunk, P positions of a row, D hidden, W teacher rows.
 """
 
 import inspect
+import logging
 import os
 import pickle
 import signal
@@ -27,11 +29,14 @@ from torch import Tensor
 
 from cluster.config import TargetsConfig
 from cluster.memory import is_out_of_memory
-from cluster.teachers.targets import Selector, chunk_positions
+from cluster.teachers.targets import CHUNK_BYTES, Selector, chunk_positions
 from logit_store import Targets
 
 STEPS = ("execute_model", "sample_tokens")
 """Methods of the model runner in which memory may run out."""
+
+DRIVER = "DECANT_VLLM_DRIVER"
+"""In the environment of an engine's processes: the number of the process that started it, and a file for last words."""
 
 HOOK, SIGNATURE = "_get_prompt_logprobs_dict", ["self", "hidden_states", "num_scheduled_tokens"]
 """The method that is replaced. Only V1's runner has it."""
@@ -41,17 +46,11 @@ class TargetCapture:
     """Methods that vLLM's worker gains; `collective_rpc` calls them by name in each worker process."""
 
     def end_with(self, driver: int, machine: str) -> None:
-        """End the engine when the process ``driver`` of ``machine`` ends, which may have been killed. Processes of the
-        engine on other machines are actors of Ray, which ends them with the one that owns them.
+        """End the engine when the process ``driver`` of ``machine`` ends, which may have been killed. This is for Ray's
+        actors, which inherit no ``DRIVER``; those on other machines Ray ends with the one that owns them.
         """
-        import psutil
-
-        if machine != this_machine():
-            return
-        own, parent = os.getpid(), os.getppid()
-        if own != driver:
-            has_core = parent != driver and psutil.Process(parent).ppid() == driver  # or is the engine's core itself
-            threading.Thread(target=_end_with, args=(driver, [parent, own] if has_core else [own]), daemon=True).start()
+        if DRIVER not in os.environ and machine == this_machine():
+            _watch(driver)
 
     def tell_of_memory(self, place: str) -> None:
         """Leave a file at ``place`` where this process runs out of memory in a step: the engine ends by that, and its
@@ -77,6 +76,14 @@ class TargetCapture:
     def take_targets(self) -> bytes:
         """What was captured since the last call, pickled: vLLM's own transport has no arrays without their type."""
         return pickle.dumps(self.captured.take())
+
+
+def with_float32_head(config: Any) -> Any:
+    """The model's config, by which vLLM computes logits in float32. A function of this file, because the engine's
+    processes import it with the config, and so begin to watch their driver with the first thing that they do.
+    """
+    config.head_dtype = "float32"
+    return config
 
 
 class Taken(NamedTuple):
@@ -158,7 +165,7 @@ class Capture:
             within_N + np.repeat([span.start for span in spans], counts),
         )
         places_N, *chosen_by = (torch.from_numpy(column).to(hidden_SD.device) for column in columns)
-        chunk = chunk_positions(self.runner.model_config.get_vocab_size())
+        chunk = chunk_positions(self.runner.model_config.get_vocab_size(), CHUNK_BYTES[hidden_SD.device.type])
         parts = []
         for at in (slice(start, start + chunk) for start in range(0, len(places_N), chunk)):
             logits_NW = self.runner.model.compute_logits(hidden_SD[places_N[at]])
@@ -219,6 +226,16 @@ def this_machine() -> str:
     return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
 
 
+def _watch(driver: int) -> None:
+    """From now on end the engine when the process ``driver`` ends, or has ended."""
+    import psutil
+
+    own, parent = os.getpid(), os.getppid()
+    if own != driver:
+        has_core = parent != driver and psutil.Process(parent).ppid() == driver  # or is the engine's core itself
+        threading.Thread(target=_end_with, args=(driver, [parent, own] if has_core else [own]), daemon=True).start()
+
+
 def _end_with(driver: int, processes: list[int]) -> None:
     """Wait for the end of ``driver``, then kill ``processes``, of which this one is the last."""
     with suppress(ProcessLookupError):  # it has ended already
@@ -226,3 +243,24 @@ def _end_with(driver: int, processes: list[int]) -> None:
     for process in processes:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGKILL)
+
+
+class _LastWords(logging.Handler):
+    """Leaves the first exception that vLLM logs in a file: its driver is not told why an engine cannot start."""
+
+    def __init__(self, place: Path) -> None:
+        super().__init__(logging.ERROR)
+        self.place = place
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Called by `logging`."""
+        error = record.exc_info and record.exc_info[1]
+        if error and not self.place.exists():
+            with suppress(OSError):
+                self.place.write_text(f"{type(error).__name__}: {error}")
+
+
+if DRIVER in os.environ:
+    _driver, _place = os.environ[DRIVER].split(" ", 1)
+    _watch(int(_driver))
+    logging.getLogger("vllm").addHandler(_LastWords(Path(_place)))

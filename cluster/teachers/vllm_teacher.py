@@ -2,8 +2,8 @@
 
 Only this file imports vllm. The engine runs in processes of its own, as vLLM has it by default: what kills one of them
 (a bug of a kernel, the kernel's out-of-memory killer) leaves this process able to say so and to be replaced in good
-order. vLLM itself would wait for an engine that was killed for ever, and engines would outlive a killed driver:
-`EngineDied` and `TargetCapture.end_with` are for these.
+order. vLLM itself would wait for an engine that was killed for ever, and engines would outlive a killed driver, also
+one that was killed while they loaded: `EngineDied` and `vllm_capture.DRIVER` are for these.
 """
 
 import os
@@ -25,7 +25,7 @@ import torch
 from cluster.config import TeacherConfig
 from cluster.job.phases import Phases
 from cluster.teachers.targets import Selector
-from cluster.teachers.vllm_capture import Taken, TargetCapture, this_machine
+from cluster.teachers.vllm_capture import DRIVER, Taken, TargetCapture, this_machine, with_float32_head
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
 
@@ -73,21 +73,27 @@ class VllmTeacher:
                 "teacher.backend is vllm, whose build here is for GPUs, and this worker has none: set "
                 f"cluster.gpus_per_worker={config.num_gpus}"
             )
+        longest = max(longest, 2)  # rows of one token have no position, and what is asked of vLLM here needs one
         self.version, self.phases, self.config = vllm.__version__, Phases(), config
         self.batch_tokens, self.oom_splits = config.batch_tokens, 0
         self._folder = tempfile.TemporaryDirectory(prefix="vllm")
         self._no_memory = Path(self._folder.name) / "out_of_memory"
         """There after a process of the engine on this machine has run out of memory."""
-        before = active_children()
+        last_words, before = Path(self._folder.name) / "last_words", active_children()
+        os.environ[DRIVER] = f"{os.getpid()} {last_words}"
         try:
             self.engine: Any = vllm.LLM(**engine_arguments(folder, config, longest, executor))
         except ValueError as error:
             raise TeacherError(f"vLLM {self.version} does not take {folder}: {' '.join(str(error).split())}") from error
-        except RuntimeError as error:  # of the engine's process, whose reason is in what it printed alone
+        except RuntimeError as error:  # which says that the engine's process has failed, and not of what
+            reason = last_words.read_text() if last_words.exists() else str(error)
             raise TeacherError(
-                f"vLLM {self.version} could not start an engine for {folder}: {' '.join(str(error).split())} (in the "
-                "worker's output above). As a rule the GPU's memory is taken: see teacher.gpu_memory_utilization"
+                f"vLLM {self.version} could not start an engine for {folder}: {' '.join(reason.split())} (more is in "
+                "the worker's output above). Where memory is the reason, see teacher.gpu_memory_utilization; a "
+                "quantised LM head gives no float32 logits in vLLM: set teacher.backend=transformers"
             ) from error
+        finally:
+            del os.environ[DRIVER]
         self.processes = [
             os.pidfd_open(pid) for core in active_children() if core not in before for pid in _family(core)
         ]
@@ -215,6 +221,7 @@ class VllmTeacher:
 def _set_environment() -> None:
     """What vLLM reads from the environment, also in the processes that it starts."""
     os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # targets are captured from V1's
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn"  # a fork cannot use GPUs that this process has looked at
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # a worker's log lands in the driver's terminal
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     # Left alone, all engines of a machine without GPUs bind their threads to the same cores.
@@ -230,7 +237,7 @@ def engine_arguments(folder: Path, config: TeacherConfig, longest: int, executor
         "skip_tokenizer_init": True,
         "dtype": config.dtype,
         "quantization": config.quantization,
-        "hf_overrides": {"head_dtype": "float32"},
+        "hf_overrides": with_float32_head,
         "trust_remote_code": config.trust_remote_code,
         "load_format": "auto" if config.pickled_weights else "safetensors",
         "max_model_len": longest + 1,  # the engine refuses a prompt as long as its context
@@ -253,6 +260,10 @@ def engine_arguments(folder: Path, config: TeacherConfig, longest: int, executor
         arguments["kv_cache_memory_bytes"] = _kv_cache_bytes(folder, config, longest)
         # Compiling takes a minute, and steps are as fast without it; but a pipeline's stages need that warm-up.
         arguments["enforce_eager"] = config.pipeline_parallel == 1
+    else:
+        # They are of steps of at most 512 tokens, where one of prompts has batch_tokens; to capture them takes memory
+        # and time at every start.
+        arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
     return arguments
 
 

@@ -4,10 +4,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 
 from logit_store import writer
-from logit_store.errors import CorruptError, FormatError, StoreError
+from logit_store.errors import CorruptError, FormatError, StoreError, UnavailableError
 from logit_store.format import HEADER, MANIFEST, record_name, unseal
 from logit_store.identity import HEADER_IDENTITY, digest, require_equal
 from logit_store.manifest import read_manifest, verb_of
@@ -35,7 +36,8 @@ def merge(urls: Sequence[str], out: str) -> Merged:
     Objects and records are copied byte for byte, each verified before; of several undamaged ones, the one with the
     fewest rows left out is taken, or the first. A shard that ``out`` has stays. The store is finished if nothing is
     missing; if something is, the command that makes such stores goes on with it.
-    Raises IdentityError: the stores are of different jobs, or ``out`` is something else; FormatError: no store.
+    Raises IdentityError: the stores are of different jobs, or ``out`` is something else; FormatError: no store;
+    UnavailableError: a store does not answer, and the same call goes on when it does.
     """
     sources, target = [Storage(url) for url in urls], Storage(out)
     for source in sources:
@@ -53,7 +55,7 @@ def merge(urls: Sequence[str], out: str) -> Merged:
                 having = [source for source, names in zip(sources, committed[1:], strict=True) if name in names]
                 _copy_best(having, target, shard, schema, damaged)
             advance(1)
-    missing = sorted(set(range(num_shards)) - set(writer.committed(target, num_shards)))
+    missing = np.flatnonzero(~writer.is_committed(target, num_shards)).tolist()
     if not missing and not target.exists(MANIFEST):
         files = _tokenizer_files(sources, damaged)
         if files is not None:
@@ -130,9 +132,13 @@ def _copy_best(sources: Sequence[Storage], target: Storage, shard: int, schema: 
 
 @contextmanager
 def _noting(source: Storage, name: str, damaged: list[str]) -> Iterator[None]:
-    """What is wrong with the file is added to ``damaged``."""
+    """What is wrong with the file is added to ``damaged``. Raises UnavailableError: nothing is known of the file, and
+    whatever was taken in its place would stay.
+    """
     try:
         yield
+    except UnavailableError:
+        raise
     except FileNotFoundError:
         damaged.append(f"{source.path(name)} is missing")
     except StoreError as error:
@@ -149,6 +155,8 @@ def _tokenizer_files(sources: Sequence[Storage], damaged: list[str]) -> dict[str
             for name, (data, sha256) in files.items():
                 if digest(data) != sha256:
                     raise CorruptError(f"{source.path(name)} is damaged: its checksum does not match")
+        except UnavailableError:
+            raise
         except (FileNotFoundError, StoreError) as error:
             damaged.append(str(error))
         else:

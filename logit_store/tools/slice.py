@@ -65,10 +65,10 @@ def slice_store(url: str, out: str, part: Part) -> LogitStore:
     header = _header(parent, part, rows, k, [shard.text_sha256 for shard in shards])
     header = writer.begin(storage, header, HEADER_IDENTITY["logits"])
     if not storage.exists(MANIFEST):
-        done = writer.committed(storage, len(shards))
+        done = writer.is_committed(storage, len(shards))
         with progress_bar("slice", sum(len(shard.rows) for shard in shards), "rows") as advance:
             for number, shard in enumerate(shards):
-                if number not in done:
+                if not done[number]:
                     kept = [cut(parent[int(row)], k, parent.manifest["forced_ids"]) for row in shard.rows]
                     places = enumerate(shard.rows.tolist())
                     left_out = {i: parent.left_out[row] for i, row in places if row in parent.left_out}

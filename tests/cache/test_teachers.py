@@ -1,6 +1,7 @@
 """Position t of a stored row is the teacher's distribution for the token at t + 1, by both backends."""
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,13 +17,16 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cluster.config import TargetsConfig, TeacherConfig
+from cluster.cache import cache
+from cluster.config import CacheConfig, TargetsConfig, TeacherConfig
+from cluster.job.worker import TeacherWorker
 from cluster.teachers.targets import Selector
 from cluster.teachers.transformers_teacher import TransformersTeacher, equal_length_batches
-from cluster.teachers.vllm_capture import TargetCapture
-from logit_store import Targets
-from logit_store.errors import TeacherError
-from tests.toy import ROOT, WINDOW
+from cluster.teachers.vllm_capture import DRIVER, TargetCapture, with_float32_head
+from logit_store import Targets, TokenRow
+from logit_store.config import parse_config
+from logit_store.errors import ConfigError, TeacherError
+from tests.toy import ROOT, WINDOW, in_process_workers, write_tokens
 
 V, K = 400, 16
 
@@ -85,11 +89,11 @@ class Backend(NamedTuple):
     """Its float32 log-probs are within this of the dense model's."""
 
 
-def run_vllm(folder: Path, dtype: Literal["float32", "bfloat16"]) -> Any:
+def run_vllm(folder: Path, dtype: Literal["float32", "bfloat16"], longest: int = WINDOW) -> Any:
     from cluster.teachers.vllm_teacher import VllmTeacher
 
     config = TeacherConfig(model="", backend="vllm", dtype=dtype, batch_tokens=BATCH_TOKENS)
-    return VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), WINDOW)
+    return VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), longest)
 
 
 @pytest.fixture(scope="session")
@@ -171,7 +175,91 @@ def test_partitions_at_other_temperatures(backend: Backend, teacher: Path) -> No
     np.testing.assert_allclose(targets.log_partition_PS, expected_PS, atol=5e-5)
 
 
-@pytest.mark.parametrize("kind", [{"kind": "top_p", "k": 50, "p": 0.9}, {"kind": "threshold", "tau": 0.02}])
+@pytest.mark.parametrize("name", ["transformers", "vllm"])
+def test_rows_of_one_token_get_no_labels(
+    request: pytest.FixtureRequest, cache_config: dict[str, Any], tokenizer: Path, tmp_path: Path, name: str
+) -> None:
+    """Among others, and in a shard that has no others: no backend is asked about them."""
+
+    engine = request.getfixturevalue("vllm_teacher") if name == "vllm" else None
+
+    class Worker(TeacherWorker):
+        def load_teacher(self) -> Any:
+            if engine is None:
+                return super().load_teacher()
+            engine.capture(Selector(self.config.targets, self.header["vocabulary_size"], self.header["labels_id"]))
+            return engine
+
+    shards = [random_rows(5, 1, 9), random_rows(1, 1)]
+    rows = [[TokenRow(i, "train", ids_T, None, {}) for i, ids_T in enumerate(shard)] for shard in shards]
+    tokens = write_tokens(str(tmp_path / "tokens"), tokenizer, rows, num_shards=2, held_out=0.2)
+    raw = {**cache_config, "tokens": {**cache_config["tokens"], "path": tokens.storage.url, "num_shards": 2}}
+    raw["teacher"] = {**cache_config["teacher"], "backend": name, "batch_tokens": BATCH_TOKENS}
+    raw |= {"store": {"path": str(tmp_path / "store")}, "cluster": {"workers": 1}}
+    with in_process_workers():
+        store = cache(parse_config(CacheConfig, raw, "test"), Worker)
+    positions = [len(store[row].targets.next_logprob_P) for row in range(5)]
+    assert positions == [4, 0, 8, 0, 0]
+    assert not store.left_out
+    for row in (0, 2):
+        ids_T = store[row].tokens.input_ids_T
+        assert_is_dense(store[row].targets, ids_T, dense_logprobs(cache_config["teacher"]["model"], ids_T), atol=0.5)
+
+
+def test_vllm_is_told_what_the_config_says(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import EngineArgs
+    from vllm.platforms import current_platform
+
+    from cluster.teachers.vllm_teacher import engine_arguments
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    large = TeacherConfig(
+        model="", backend="vllm", dtype="float16", quantization="fp8", tensor_parallel=2, pipeline_parallel=3,
+        gpu_memory_utilization=0.4, batch_tokens=4096, trust_remote_code=True, pickled_weights=True,
+    )  # fmt: skip
+    plain = TeacherConfig(model="", backend="vllm", batch_tokens=100)
+    always = {"enable_prefix_caching": False, "hf_overrides": with_float32_head, "seed": 0}
+    of_large = {
+        "model": str(teacher), "dtype": "float16", "quantization": "fp8", "tensor_parallel_size": 2,
+        "pipeline_parallel_size": 3, "distributed_executor_backend": "ray", "gpu_memory_utilization": 0.4,
+        "max_model_len": 1001, "max_num_batched_tokens": 4096, "max_num_seqs": 256, "enable_chunked_prefill": False,
+        "trust_remote_code": True, "load_format": "auto",
+    }  # fmt: skip
+    of_plain = {
+        "dtype": "bfloat16", "quantization": None, "tensor_parallel_size": 1, "pipeline_parallel_size": 1,
+        "distributed_executor_backend": None, "gpu_memory_utilization": 0.85, "max_num_batched_tokens": 100,
+        "max_num_seqs": 100, "enable_chunked_prefill": True, "trust_remote_code": False, "load_format": "safetensors",
+    }  # fmt: skip
+    on_cpu = engine_arguments(teacher, plain, 1000, "mp")
+    assert on_cpu.items() >= (always | of_plain | {"enforce_eager": True}).items()
+    assert on_cpu["kv_cache_memory_bytes"] > 0
+    monkeypatch.setattr(type(current_platform), "is_cpu", lambda _platform: False)
+    for config, expected in ((large, of_large), (plain, of_plain)):
+        on_gpu = engine_arguments(teacher, config, 1000, "ray")
+        assert on_gpu.items() >= (always | expected).items()
+        assert not on_gpu.keys() & {"enforce_eager", "kv_cache_memory_bytes"}
+        parsed = EngineArgs(**on_gpu)
+        assert parsed.compilation_config.cudagraph_mode.name == "NONE"
+        assert parsed.tensor_parallel_size == config.tensor_parallel
+
+
+def test_a_share_of_a_gpu_is_too_little_for_vllm(cache_config: dict[str, Any]) -> None:
+    shared = {"cluster": {"gpus_per_worker": 0.5}}
+    parse_config(CacheConfig, {**cache_config, **shared}, "test")
+    with pytest.raises(ConfigError, match=r"gpus_per_worker = 0\.5, but each vLLM engine takes .*: set it to 1"):
+        parse_config(CacheConfig, {**cache_config, **shared, "teacher": {"model": "m", "backend": "vllm"}}, "test")
+
+
+KINDS: list[dict[str, Any]] = [
+    {"kind": "top_p", "k": 50, "p": 0.9},
+    {"kind": "threshold", "tau": 0.02},
+    {"kind": "threshold", "tau": 0.02, "temperatures": [2.0]},
+    {"kind": "counts", "draws": 20},
+    {"kind": "counts", "draws": 20, "temperatures": [0.5]},
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
 def test_vllm_chooses_targets_of_every_kind_as_transformers_does(
     vllm_teacher: Any, teacher: Path, kind: dict[str, Any]
 ) -> None:
@@ -186,6 +274,8 @@ def test_vllm_chooses_targets_of_every_kind_as_transformers_does(
         # Points of systematic sampling that fall on the border of two ids may go to either.
         assert (ours.sampled_ids_M != their.sampled_ids_M).sum() <= 0.01 * len(their.sampled_ids_M)
         np.testing.assert_allclose(ours.forced_logprobs_PF, their.forced_logprobs_PF, atol=2e-5)
+        np.testing.assert_allclose(ours.log_partition_PS, their.log_partition_PS, atol=5e-5)
+        np.testing.assert_allclose(np.exp(ours.tail_logmass_P), np.exp(their.tail_logmass_P), atol=2e-5)
 
 
 def test_vllm_gives_a_row_the_same_labels_alone_and_among_others(vllm_teacher: Any) -> None:
@@ -316,10 +406,67 @@ def test_a_vllm_process_on_another_machine_watches_no_number_of_this_one() -> No
     assert threading.active_count() == before
 
 
+def test_a_vllm_process_watches_its_driver_before_it_has_a_model(tmp_path: Path) -> None:
+    """From the import of the class that vLLM mixes into its workers; one whose driver has ended by then ends at once.
+    Until it does, what vLLM logs of an error is left where the driver looks for it.
+    """
+    code = (
+        "import logging, time; import cluster.teachers.vllm_capture\n"
+        "for n in (1, 2):\n try: raise ValueError(f'reason {n}')\n"
+        " except ValueError: logging.getLogger('vllm.v1.engine.core').exception('EngineCore failed to start.')\n"
+        "print('ready', flush=True); time.sleep(600)\n"
+    )
+    driver = subprocess.Popen(["sleep", "600"])
+    environment = {**os.environ, DRIVER: f"{driver.pid} {tmp_path / 'last words'}"}
+
+    def start() -> "subprocess.Popen[str]":
+        return subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT,
+            env=environment,
+        )  # fmt: skip
+
+    try:
+        early = start()
+        assert early.stdout
+        assert early.stdout.readline() == "ready\n"
+        assert (tmp_path / "last words").read_text() == "ValueError: reason 1"
+        assert early.poll() is None
+    finally:
+        driver.kill()
+        driver.wait()
+    late = start()
+    assert early.wait(10) == late.wait(60) == -signal.SIGKILL
+
+
+def test_why_a_vllm_engine_could_not_start_comes_first(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM's own error in the driver names no reason."""
+    import vllm
+
+    def fail(**_arguments: Any) -> None:
+        Path(os.environ[DRIVER].split(" ", 1)[1]).write_text("ValueError: an unquantized\nlm_head")
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+    monkeypatch.setattr(vllm, "LLM", fail)
+    with pytest.raises(
+        TeacherError, match=r"could not start an engine for \S+: ValueError: an unquantized lm_head \(m"
+    ):
+        run_vllm(teacher, "float32")
+    assert DRIVER not in os.environ
+
+
+def test_vllm_forks_no_process_that_has_looked_at_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cluster.teachers.vllm_teacher import _set_environment
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    _set_environment()
+    assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"
+
+
 def test_a_vllm_engine_ends_with_a_killed_driver(teacher: Path) -> None:
+    """Whose longest row has one token, and so nothing to score."""
     code = (
         "import time; from pathlib import Path; from tests.cache.test_teachers import run_vllm\n"
-        f"if __name__ == '__main__':\n run_vllm(Path({str(teacher)!r}), 'float32')\n"
+        f"if __name__ == '__main__':\n run_vllm(Path({str(teacher)!r}), 'float32', 1)\n"
         " print('ready', flush=True)\n time.sleep(600)\n"
     )
     with tempfile.NamedTemporaryFile("w", suffix=".py") as script:  # vLLM's processes import it

@@ -26,7 +26,7 @@ from logit_store.encode import encode_logits
 from logit_store.errors import CorruptError, FormatError, NotFinishedError, StoreError
 from logit_store.format import MANIFEST, describe, object_name, seal
 from logit_store.identity import digest
-from logit_store.index import encode_index, encode_shards, page_checksums
+from logit_store.index import ShardColumns, encode_index, page_checksums
 from logit_store.manifest import layout_of
 from logit_store.shard import shard_schema
 from tests.store.made import make_header, make_row, write_store
@@ -220,6 +220,13 @@ def test_a_lying_manifest_is_refused(tmp_path: Path, change: Any, reason: str) -
         _ = open_store(str(tmp_path / "store"))[0]
 
 
+def table_of(records: list[dict[str, Any]]) -> bytes:
+    columns = ShardColumns(len(records))
+    for shard, record in enumerate(records):
+        columns.put(shard, record)
+    return columns.encode()
+
+
 def lying_store(
     folder: Path, block: bytes, lengths: list[int], widths: tuple[int, int], compression: str | None = None
 ) -> str:
@@ -237,7 +244,7 @@ def lying_store(
     sha256 = digest(data)
     record = {"sha256": sha256, "text_sha256": sha256, "bytes": len(data), "rows": n, "prefix_bytes": prefix_bytes}
     record |= {"prefix_crc32": zlib.crc32(data[:prefix_bytes]), "sections": {}}
-    shards, index = encode_shards([record]), encode_index(np.array(lengths, np.int32), np.zeros(n, np.int8))
+    shards, index = table_of([record]), encode_index(np.array(lengths, np.int32), np.zeros(n, np.int8))
     (folder / "store" / object_name(0, sha256)).write_bytes(data)
     (folder / "store" / "shards.arrow").write_bytes(shards)
     (folder / "store" / "index.arrow").write_bytes(index)
@@ -340,7 +347,7 @@ def write_many_shards(folder: Path, num_shards: int, num_rows: int) -> None:
     sections = dict.fromkeys(("tail", "head_bins", "head_low", "head_codes"), 1000)
     record = {"sha256": "0" * 64, "text_sha256": "0" * 64, "sections": sections, "rows": num_rows // num_shards}
     index = encode_index(np.full(num_rows, 512, np.int32), np.zeros(num_rows, np.int8))
-    shards = encode_shards([record] * num_shards)
+    shards = table_of([record] * num_shards)
     there.create("index.arrow", index)
     there.create("shards.arrow", shards)
     body = header | {"index": {"bytes": len(index), "crc32": page_checksums(index)}, "shards_sha256": digest(shards)}

@@ -9,12 +9,13 @@ import pytest
 
 import decant
 from logit_store import LogitRow, LogitStore, Storage, writer
-from logit_store.errors import ConfigError, FormatError, IdentityError
+from logit_store.errors import ConfigError, FormatError, IdentityError, UnavailableError
 from logit_store.format import record_name
 from logit_store.identity import HEADER_IDENTITY, labels_id
 from logit_store.tools.merge import merge
 from logit_store.tools.verify import verify
 from tests.store.made import make_row, write_store, write_tokens
+from tests.store.test_left_out import make
 
 LABELS = {"teacher": "t" * 64}
 HEADER: dict[str, Any] = {"labels": LABELS, "labels_id": labels_id(LABELS)}
@@ -118,6 +119,27 @@ def test_a_missing_shard_leaves_a_store_that_its_job_goes_on_with(whole: Path, t
         writer.commit_logits(storage, shard, make_rows()[shard], header)
     writer.finish(storage, header, {"tokenizer/tokenizer.json": b"{}"})
     assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize("unanswered", ["shards/000001.json", "shards/000001-", "tokenizer/tokenizer.json"])
+def test_an_outage_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unanswered: str) -> None:
+    """Nothing is taken for good in the place of what storage does not give just now: the same merge goes on with it."""
+    lacking, whole = make(tmp_path / "lacking", True), make(tmp_path / "whole", False)
+    urls, read, fails = [lacking.storage.url, whole.storage.url], Storage.read, [True]
+
+    def read_or_fail(self: Storage, name: str) -> bytes:
+        if fails[0] and "whole" in self.url and name.startswith(unanswered):
+            raise UnavailableError(f"{self.path(name)}: storage fails (503 Slow Down)")
+        return read(self, name)
+
+    monkeypatch.setattr(Storage, "read", read_or_fail)
+    if unanswered.startswith("tokenizer"):
+        (tmp_path / "lacking/manifest.json").unlink()
+    with pytest.raises(UnavailableError, match="503 Slow Down"):
+        merge(urls, str(tmp_path / "out"))
+    fails[0] = False
+    assert merge(urls, str(tmp_path / "out")).damaged == []
+    assert not LogitStore.open(str(tmp_path / "out")).left_out
 
 
 def test_damaged_tokenizer_files_are_not_taken(whole: Path, tmp_path: Path) -> None:

@@ -1,9 +1,12 @@
 """The store: what is written is read, what is damaged is refused, whoever commits first wins."""
 
+import base64
 import json
 import os
 import subprocess
 import sys
+import tracemalloc
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 
 from logit_store import LogitRow, LogitStore, Storage, TokenStore, open_store, writer
 from logit_store.errors import CorruptError, FormatError, IdentityError, NotFinishedError, StoreError
+from logit_store.format import object_name, record_name, seal
 from logit_store.manifest import read_manifest
 from tests.store.made import make_header, make_row, write_store
 from tests.store.test_round_trip import assert_same
@@ -126,6 +130,29 @@ def test_finish_removes_what_dead_attempts_left(tmp_path: Path) -> None:
     files = store.files()
     writer.finish(store.storage, make_header(2), files)
     assert sorted(path.suffix for path in shards.iterdir()) == [".arrow", ".arrow", ".json", ".json"]
+
+
+def test_finish_holds_few_bytes_of_a_row_and_of_a_shard(tmp_path: Path) -> None:
+    """Twice the index, which is 5 bytes a row, and some hundred bytes a shard; never all commit records at once."""
+    num_shards, num_rows = 1000, 500
+    storage, packed = Storage(str(tmp_path / "store")), np.random.default_rng(0).bytes(4 * num_rows) + bytes(num_rows)
+    record: dict[str, Any] = dict.fromkeys(("bytes", "rows", "tokens", "positions", "prefix_bytes", "prefix_crc32"), 9)
+    record |= {"rows": num_rows, "index": base64.b64encode(zlib.compress(packed)).decode(), "text_sha256": "0" * 64}
+    (tmp_path / "store/shards").mkdir(parents=True)
+    for shard in range(num_shards):
+        sections = {"ids": shard} if shard % 2 else {"ids": shard, "tail": 1}
+        named = {"sha256": f"{shard:064x}", "object": object_name(shard, f"{shard:064x}"), "sections": sections}
+        (tmp_path / "store" / record_name(shard)).write_bytes(seal("record", record | named))
+    tracemalloc.start()
+    manifest = writer.finish(storage, make_header(num_shards), {})
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert manifest["num_rows"] == num_shards * num_rows
+    assert peak_bytes < num_shards * (2 * 5 * num_rows + 1000)
+    store = LogitStore.open(storage.url)
+    assert store.index.lengths_N.tobytes() == packed[: 4 * num_rows] * num_shards
+    assert store.shards.columns["bytes.tail"].tolist() == [1, 0] * (num_shards // 2)
+    assert store.shards.hash("sha256", 998) == f"{998:064x}"
 
 
 def test_a_finished_store_is_never_finished_again(tmp_path: Path) -> None:

@@ -212,7 +212,7 @@ def make_again(folder: Path, kind: str) -> None:
     storage = Storage(str(folder))
     header = writer.unseal(storage.read("header.json"), "header", "header.json")
     for shard, rows in enumerate(make_rows()):
-        if shard in writer.committed(storage, header["num_shards"]):
+        if writer.is_committed(storage, header["num_shards"])[shard]:
             continue
         if kind == "logits":
             writer.commit_logits(storage, shard, rows, header)
