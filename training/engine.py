@@ -6,7 +6,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -46,8 +46,11 @@ class Engine:
         self.engine: Any
         try:
             self.engine, *_ = deepspeed.initialize(model=module, model_parameters=parameters, config=config)
-        except (ValueError, deepspeed.runtime.config.DeepSpeedConfigError) as error:  # pydantic's is a ValueError
-            raise ConfigError(f"DeepSpeed refuses its config: {' '.join(str(error).split())}") from error
+        except Exception as error:
+            if not _is_about_the_config(error):
+                raise
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"DeepSpeed refuses its config: {reason}") from error
         self.device = self.engine.device
         self.world_size = torch.distributed.get_world_size()
 
@@ -126,8 +129,17 @@ class Engine:
         return total
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write a checkpoint of weights, optimizer and engine state; every rank calls this."""
+        """Write a checkpoint of weights, optimizer and engine state; every rank calls this.
+
+        What a save of the same step has left that was killed midway goes first: it may be of other ranks, and
+        DeepSpeed takes every file that lies there for a part of the whole.
+        """
         with writing(folder / tag):
+            if torch.distributed.get_rank() == 0:
+                for name in (tag, _universal(tag)):
+                    if (folder / name).exists():
+                        shutil.rmtree(folder / name)
+            torch.distributed.barrier()
             self.engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         torch.distributed.barrier()
 
@@ -153,14 +165,32 @@ class Engine:
         if path is None:
             raise StudentError(f"checkpoint {folder / tag} is gone: delete the run's directory to start again")
 
-    def whole_weights(self) -> AbstractContextManager[Any]:
-        """Within the block, rank 0 sees the module's weights whole, also under ZeRO-3."""
+    @contextmanager
+    def whole_weights(self) -> Iterator[None]:
+        """Within the block, rank 0 sees the module's weights whole; under ZeRO-3 in its host's memory.
+
+        No GPU ever holds more than one whole parameter for it: a student that needs ZeRO-3 would not fit beside the
+        optimizer's state. Every rank calls this.
+        """
         if self.engine.zero_optimization_stage() < 3:
-            return nullcontext()
+            yield
+            return
         import deepspeed
 
-        context: AbstractContextManager[Any] = deepspeed.zero.GatheredParameters(list(self.engine.module.parameters()))
-        return context
+        parameters = list(self.engine.module.parameters())
+        wholes: list[Tensor] = []
+        for parameter in parameters:
+            with deepspeed.zero.GatheredParameters([parameter]):
+                if torch.distributed.get_rank() == 0:
+                    wholes.append(parameter.detach().to("cpu", copy=True))
+        parts = [parameter.data for parameter in parameters]
+        for parameter, whole in zip(parameters, wholes, strict=False):  # of other ranks there are none
+            parameter.data = whole
+        try:
+            yield
+        finally:
+            for parameter, part in zip(parameters, parts, strict=True):
+                parameter.data = part
 
     @property
     def module(self) -> Any:
@@ -168,12 +198,20 @@ class Engine:
         return self.engine.module
 
 
+def on_gpus() -> bool:
+    """Whether ranks on this machine compute on GPUs: where there are any, unless DeepSpeed is told to leave them alone.
+
+    DeepSpeed reads the same variable. One place for all who ask: tensors, NCCL and page-locked memory go together.
+    """
+    return os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
+
+
 @contextmanager
 def process_group() -> Iterator[int]:
     """Within the block, this process is one of the ranks that the launcher started (alone where none did): which.
 
-    NCCL on GPUs, gloo without. A group that is there already (Ray Train makes one) is used, and left as it is. On an
-    error that this rank alone met, the others are not waited for: the launcher ends them.
+    NCCL where ``on_gpus``, gloo otherwise. A group that is there already (Ray Train makes one) is used, and left as it
+    is. On an error that this rank alone met, the others are not waited for: the launcher ends them.
     """
     if torch.distributed.is_initialized():
         _quieten()
@@ -185,9 +223,9 @@ def process_group() -> Iterator[int]:
     import deepspeed
 
     _quieten()
-    if torch.cuda.is_available():
+    if on_gpus():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo", verbose=False)
+    deepspeed.init_distributed(dist_backend="nccl" if on_gpus() else "gloo", verbose=False)
     try:
         yield torch.distributed.get_rank()
     except AgreedError:
@@ -196,9 +234,17 @@ def process_group() -> Iterator[int]:
     _leave()
 
 
+def _is_about_the_config(error: Exception) -> bool:
+    """Whether DeepSpeed raised it at what it was asked for: its own kind of error is one of many that it uses there."""
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    kinds = (DeepSpeedConfigError, ValueError, TypeError, AssertionError, AttributeError, KeyError)
+    return isinstance(error, kinds) or "Unable to JIT load" in str(error)  # an operator that this machine cannot build
+
+
 def _quieten() -> None:
     """On CPUs, keep DeepSpeed from compiling at every first start what nothing here needs: gloo does the reductions."""
-    if not torch.cuda.is_available():
+    if not on_gpus():
         import deepspeed
 
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

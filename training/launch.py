@@ -5,11 +5,12 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from logit_store.config import load_config
-from logit_store.errors import ConfigError
+from logit_store.errors import ConfigError, StudentError
 from training.config import TrainConfig
 from training.stop import StopRequest
 
@@ -51,17 +52,23 @@ def launch(config_path: str, overrides: Sequence[str]) -> int:
 def _on_ray(config: TrainConfig, run: "RunFolder") -> int:
     from training.ray_train import run_on_ray
 
-    run_on_ray(config)
+    was_asked = run_on_ray(config)
     if run.result() is None:
+        if not (was_asked and run.is_saved()):
+            raise StudentError(
+                f"the ranks have ended, and what they did is not in {run.path.absolute()}: on Ray, run.path must be on "
+                "a file system that this machine and all nodes share"
+            )
         print("decant train: stopped, and saved: the same command goes on from there", file=sys.stderr)
     return 0
 
 
 def _on_this_machine(config: TrainConfig, config_path: str, overrides: Sequence[str], run: "RunFolder") -> int:
     """Run the `deepspeed` launcher; its exit code, or 0 where it was asked to stop and what was done is saved."""
-    from training.engine import free_port
+    from training.engine import free_port, on_gpus
 
-    ranks = config.launcher.ranks
+    # DeepSpeed takes each NUMA node of a machine without GPUs for an accelerator.
+    ranks = config.launcher.ranks or (None if on_gpus() else 1)
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(free_port())),
         *(("--num_accelerators", str(ranks)) if ranks is not None else ()),
@@ -89,9 +96,12 @@ def _wait(launcher: "subprocess.Popen[bytes]", stop: StopRequest) -> int:
             break
         except subprocess.TimeoutExpired:
             if stop.asked and not ranks:
-                ranks = [rank for second in psutil.Process(launcher.pid).children() for rank in second.children()]
+                # Any of them may end while they are looked for: what is left is found the next time, or is not there.
+                with suppress(psutil.NoSuchProcess):
+                    ranks = [rank for second in psutil.Process(launcher.pid).children() for rank in second.children()]
                 for rank in ranks:
-                    rank.terminate()
+                    with suppress(psutil.NoSuchProcess):
+                        rank.terminate()
     psutil.wait_procs(ranks)  # they may outlive a launcher that was told to stop as well
     return code
 
@@ -100,8 +110,10 @@ def _environment(ranks: int | None) -> dict[str, str]:
     """The launcher leaves OMP_NUM_THREADS unset, and every rank would take every core: far slower than none."""
     import torch
 
-    threads = max(1, (os.cpu_count() or 1) // (ranks or max(1, torch.cuda.device_count())))
-    accelerator = {} if torch.cuda.is_available() else {"DS_ACCELERATOR": "cpu"}
+    from training.engine import on_gpus
+
+    threads = max(1, (os.cpu_count() or 1) // (ranks or torch.cuda.device_count()))
+    accelerator = {} if on_gpus() else {"DS_ACCELERATOR": "cpu"}
     return {"OMP_NUM_THREADS": str(threads), **accelerator, **os.environ}
 
 

@@ -7,15 +7,16 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from logit_store.config import dump_config
 from logit_store.errors import ConfigError, DecantError, StudentError
 from training.config import TrainConfig
 from training.run_folder import writing
 from training.stop import StopRequest
 
 
-def run_on_ray(config: TrainConfig) -> None:
+def run_on_ray(config: TrainConfig) -> bool:
     """Run the ranks on the cluster at `launcher.address`; a worker that dies is replaced `launcher.restarts` times.
+
+    Whether they were asked to stop.
 
     Checkpoints are the run's own, in `run.path`, which all nodes share: Ray keeps none. What starts again goes on from
     the newest. On SIGTERM the ranks find a note there, save and end.
@@ -27,6 +28,8 @@ def run_on_ray(config: TrainConfig) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     config = with_absolute_paths(config)
+    # What was not set stays so: it matters to keys that exclude each other, and beside a DeepSpeed JSON.
+    document = config.model_dump(mode="json", exclude_unset=True)
     launcher = config.launcher
     assert launcher.ranks is not None
     notes = Path(config.run.path) / ".ray"  # what Ray asks for, although it keeps no checkpoint; and the note to stop
@@ -44,7 +47,7 @@ def run_on_ray(config: TrainConfig) -> None:
         _check_room(launcher.ranks, "GPU" if use_gpu else "CPU", ray.cluster_resources())
         trainer = TorchTrainer(
             _rank,
-            train_loop_config={"config": dump_config(config), "stop": str(stop)},
+            train_loop_config={"config": document, "stop": str(stop)},
             scaling_config=ScalingConfig(num_workers=launcher.ranks, use_gpu=use_gpu),
             run_config=RunConfig(
                 name="ray-train",
@@ -52,8 +55,9 @@ def run_on_ray(config: TrainConfig) -> None:
                 failure_config=FailureConfig(max_failures=launcher.restarts),
             ),
         )
-        with StopRequest(stop):  # after Ray, which takes the signal for itself when it begins
+        with StopRequest(stop) as request:  # after Ray, which takes the signal for itself when it begins
             trainer.fit()
+            return request.asked
     except TrainingFailedError as error:
         raise StudentError(reason(error)) from error
     finally:
@@ -83,19 +87,14 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 def _rank(loop: dict[str, Any]) -> None:
     """One worker's rank. Ray has joined the ranks and set their environment."""
-    import torch
-    import yaml
-
     from logit_store.config import parse_config
+    from training.engine import on_gpus
     from training.trainer import train
 
-    if not torch.cuda.is_available():
+    if not on_gpus():
         os.environ["DS_ACCELERATOR"] = "cpu"
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    train(
-        parse_config(TrainConfig, yaml.safe_load(loop["config"]), "the driver's config"),
-        StopRequest(Path(loop["stop"])),
-    )
+    train(parse_config(TrainConfig, loop["config"], "the driver's config"), StopRequest(Path(loop["stop"])))
 
 
 def _check_room(ranks: int, resource: str, have: dict[str, float]) -> None:

@@ -12,6 +12,7 @@ from logit_store.errors import DecantError
 from training.checkpoints import Checkpoints, crossed
 from training.config import TrainConfig
 from training.curriculum.batches import Cursor
+from training.curriculum.plan import end_warnings
 from training.data.feed import Feed, Step
 from training.engine import Engine, Update, any_rank, process_group, raise_together, same_on_all_ranks
 from training.prepare import Prepared, prepare
@@ -56,7 +57,8 @@ def train(config: TrainConfig, stop: StopRequest) -> Cursor | None:
                 return cursor
             checkpoints.save(cursor)  # whatever ends the run from here on, its steps are not lost
             figures = _evaluate(prepared, engine, checkpoints, watch, cursor)
-        _save(prepared, run, engine, cursor, {**sizes, "warnings": prepared.warnings, "held_out": figures}, rank)
+        warnings = [*prepared.warnings, *end_warnings(prepared.plan, cursor)]
+        _save(prepared, run, engine, cursor, {**sizes, "warnings": warnings, "held_out": figures}, rank)
     return None
 
 

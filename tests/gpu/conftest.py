@@ -1,4 +1,4 @@
-"""What only a GPU can show: `pytest tests/gpu`. Elsewhere, and among other tests, nothing here is collected."""
+"""What only a GPU can show: `make test-gpu`. Elsewhere, and among other tests, nothing here is collected."""
 
 from typing import Any
 

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,15 +93,30 @@ def test_a_row_behind_another_is_as_alone_as_a_padded_one(
 
 def test_flat_holds_what_is_no_padding_in_order(source: Source) -> None:
     batch = collate(source, PREFIXES)
-    batch.valid_BL[0, :3] = False  # positions that are fed and carry no loss
-    flat = flatten(batch)
+    flat = flatten(batch._replace(valid_N=batch.valid_N[3:]))  # three positions are fed and carry no loss
     ids = np.concatenate([source.tokens(row).input_ids_T[:n] for row, n in PREFIXES])
     assert flat.input_ids_1S[0].tolist() == ids.tolist()
     assert flat.position_ids_1S[0].tolist() == [*range(9), *range(21), 0, *range(14)]
     assert flat.bounds.tolist() == [0, 9, 30, 31, 45]
     assert flat.longest == 21
-    assert flat.valid_S.tolist() == [False] * 3 + [True] * 42
+    assert flat.valid_N.tolist() == list(range(3, 45))
     assert flatten(collate(source, [])).bounds.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("attention", ["padded", "varlen"])
+def test_which_positions_carry_loss_is_known_without_asking_the_device(
+    source: Source, monkeypatch: pytest.MonkeyPatch, attention: Any
+) -> None:
+    """The meta device holds no values: whatever waits for one fails there."""
+
+    def decode(input_ids: Tensor, **_options: Any) -> Any:
+        assert input_ids.shape == ((4, 21) if attention == "padded" else (1, 45))
+        return SimpleNamespace(last_hidden_state=torch.empty(*input_ids.shape, 16, device="meta"))
+
+    monkeypatch.setattr("training.students.student.VARLEN", "sdpa")
+    student = Student(LlamaForCausalLM(LlamaConfig(**SIZES)), V, LossConfig(), attention=attention)
+    monkeypatch.setattr(student.model, "get_decoder", lambda: decode)
+    assert student._hidden(collate(source, PREFIXES).to(torch.device("meta"))).shape == (45, 16)
 
 
 def test_varlen_is_refused_where_it_cannot_run(tmp_path: Path) -> None:

@@ -75,12 +75,55 @@ def test_auto_takes_what_the_run_says(tmp_path: Path) -> None:
         ({"gradient_clipping": 2.0}, r"gradient_clipping is in .*ds.json and in the run's YAML \(optimizer\)"),
         ({"checkpoint": {"load_universal": True}}, r"checkpoint.load_universal is decided by the run"),
         ({"bf16": {"enabled": True}}, r"bf16 and fp16 need ZeRO: set zero_optimization.stage to 1 or more"),
+        ({"bf16": {"enabled": True}, "zero_optimization": {"stage": "auto"}}, r'"auto" leaves zero_optimization.stage'),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_conflicts_name_both_owners(user: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         completed(tmp_path, user, optimizer={"weight_decay": 0.0, "gradient_clipping": 1.0})
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        (
+            {"zero_optimization": True},
+            r"ds.json: zero_optimization must be an object, not true: write one, or leave it out",
+        ),
+        ({"zero_optimization": None}, r"zero_optimization must be an object, not null"),
+        ({"zero_optimization": {"offload_optimizer": "cpu"}}, r'offload_optimizer must be an object, not "cpu"'),
+        ({"zero_optimization": {"stage": "two"}}, r'zero_optimization.stage must be 0, 1, 2 or 3, not "two"'),
+        ({"bf16": True}, r"bf16 must be an object, not true"),
+        ({"bf16": {"enabled": "true"}}, r'bf16.enabled must be true or false, not "true"'),
+        ({"bfloat16": {"enabled": True}}, r"'bfloat16' is an old name of 'bf16': rename it"),
+        ({"optimizer": "AdamW"}, r'optimizer must be an object, not "AdamW"'),
+        ({"optimizer": {"type": "AdamW", "params": None}}, r"optimizer.params must be an object, not null"),
+        ({"checkpoint": None}, r"checkpoint must be an object, not null"),
+        ({"data_types": None}, r"data_types must be an object, not null"),
+        ({"zero_optimisation": {"stage": 2}}, r"no key 'zero_optimisation', did you mean 'zero_optimization'\?"),
+    ],
+    ids=str,
+)
+def test_what_deepspeed_would_misread_is_refused(user: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        completed(tmp_path, user)
+
+
+@pytest.mark.parametrize(
+    ("user", "message"),
+    [
+        ({"optimizer": {"type": "AdmW", "params": {}}}, "AdmW is not a supported DeepSpeed Optimizer"),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "bettas": [1, 2]}}}, "argument 'bettas'"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "async_io"),
+        ({"zero_optimization": {"stage": 2, "reduce_buckt_size": 5}}, "reduce_buckt_size Extra inputs"),
+        ({"aio": True}, "'bool' object"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_deepspeed_refuses_is_one_line(one_rank: None, tmp_path: Path, user: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"DeepSpeed refuses its config: .*{message}"):
+        make_engine(tmp_path, user)
 
 
 def test_an_optimizer_that_has_to_be_compiled_needs_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,6 +200,40 @@ def test_a_checkpoint_that_other_ranks_cannot_load_is_refused(one_rank: None, tm
     engine.save(tmp_path, "step1")
     with pytest.raises(StudentError, match=r"is of 2 ranks.* not of SGD. Go on with the 2 ranks"):
         engine.load(tmp_path, "step1", 2)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_save_takes_nothing_over_from_one_that_was_killed(one_rank: None, tmp_path: Path, stage: int) -> None:
+    """Of more ranks, for one: its files would be read as part of the checkpoint when the ranks change again."""
+    engine = make_engine(tmp_path, {"zero_optimization": {"stage": stage}})
+    engine.save(tmp_path, "clean")
+    for name in ("step1", "step1_universal"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "zero_pp_rank_1_mp_rank_00_optim_states.pt").write_bytes(b"half")
+    engine.save(tmp_path, "step1")
+    names = [{path.name for path in (tmp_path / name).iterdir()} for name in ("step1", "clean")]
+    assert names[0] == names[1]
+    assert not (tmp_path / "step1_universal").exists()
+
+
+def test_no_gpu_ever_holds_more_than_a_parameter_to_save_a_student(
+    one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    gathered: list[int] = []
+
+    class Counted(deepspeed.zero.GatheredParameters):
+        def __enter__(self) -> None:
+            gathered.append(len(self.params))
+            super().__enter__()
+
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    whole, split = make_engine(tmp_path, {}), make_engine(tmp_path, {"zero_optimization": zero})
+    monkeypatch.setattr(deepspeed.zero, "GatheredParameters", Counted)
+    assert torch.equal(weights_of(split), weights_of(whole))
+    assert gathered == [1] * len(list(split.module.parameters()))
+    assert {p.numel() for p in split.module.parameters()} == {0}, "they are split again"
 
 
 # Numbers that are none

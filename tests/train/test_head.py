@@ -53,7 +53,8 @@ def make_batch(seed: int = 0) -> MicroBatch:
     next_N = log_p_NV.gather(-1, next_ids_N[:, None])[:, 0]
     targets = SparseTargets.of_heads(ids_NK, logprobs_NK, next_N, tail_N, partition_NS)
     lengths_B = torch.full((len(ids_BT),), ids_BT.shape[1] - 1)
-    return MicroBatch(ids_BT[:, :-1], lengths_B, valid_BL, next_ids_N, (WeightedTargets(1.0, targets),))
+    fed_S, valid_N = torch.arange(valid_BL.numel()), valid_BL.flatten().nonzero()[:, 0]
+    return MicroBatch(ids_BT[:, :-1], lengths_B, fed_S, valid_N, next_ids_N, (WeightedTargets(1.0, targets),))
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -61,7 +62,7 @@ def test_the_chunked_head_is_the_models_own(name: str) -> None:
     model, batch = make_model(name), make_batch()
     student = Student(model, V, LossConfig(alpha=0.0, chunk_positions=4))
     student.train()
-    logits_NW = model(input_ids=batch.input_ids_BL, use_cache=False).logits[batch.valid_BL]
+    logits_NW = model(input_ids=batch.input_ids_BL, use_cache=False).logits.flatten(0, 1)[batch.valid_N]
     own = torch.nn.functional.cross_entropy(logits_NW[:, :V], batch.next_ids_N, reduction="sum")
     expected = torch.autograd.grad(own, list(model.parameters()), allow_unused=True)
     loss = student(batch).loss
@@ -104,7 +105,7 @@ def run(name: str, loss: LossConfig, extra: dict[str, Any], steps: int = 4) -> t
     from training.engine_config import _adamw
 
     config = {
-        "optimizer": _adamw(OptimizerConfig(weight_decay=0.0), offloaded=False), "gradient_clipping": 0.0,
+        "optimizer": _adamw(OptimizerConfig(weight_decay=0.0)), "gradient_clipping": 0.0,
         "steps_per_print": 2**31,
         "zero_allow_untested_optimizer": True, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
         **extra,

@@ -91,9 +91,11 @@ def engine_gradient(store: LogitStore, rank: int, num_ranks: int, budget: int, f
     step = engine.step(batches, num_positions(prefixes), rate)
     with engine.whole_weights():
         after = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    assert step.applied
+    if rank != 0:  # it has parts of the weights
+        return step.terms["loss"], {}
     gradients = {name: (before[name] - after[name]) / rate for name in before}
     whole = torch.stack([gradient.norm() for gradient in gradients.values()]).norm()
-    assert step.applied
     assert step.gradient_norm == pytest.approx(float(whole), rel=1e-5)
     return step.terms["loss"], gradients
 

@@ -21,6 +21,14 @@ def test_stopped_after_every_step_is_the_same_run(store: Any, one_rank: None, tm
     assert_same_when_stopped_after_every_step(student_config(tmp_path, store.storage.root), tmp_path)
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_low_precision_goes_on_from_its_float32_state(store: Any, one_rank: None, tmp_path: Path, stage: int) -> None:
+    """Of bf16 weights alone the run would be another: what optimizer and scaling keep beside them is saved as well."""
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}, "bf16": {"enabled": True}}))
+    sections = {"deepspeed": str(tmp_path / "ds.json"), "schedule": {"total_tokens": 600}}
+    assert_same_when_stopped_after_every_step(student_config(tmp_path, store.storage.root, **sections), tmp_path)
+
+
 def message_of(config: dict[str, Any]) -> str:
     """What a run that fails says. Its error is let go of, and the lock of its directory with it."""
     try:

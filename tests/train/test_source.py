@@ -16,10 +16,12 @@ from logit_store.encode import text_sha256
 from logit_store.errors import ConfigError, IdentityError, StoreError
 from logit_store.identity import text_id
 from tests.store.made import TOKENIZER, V, make_row, targets_of, write_store, write_tokens
-from training.config import DataConfig, LossConfig
+from tests.students import student_config
+from training.config import DataConfig, LossConfig, TrainConfig
 from training.curriculum.batches import Prefix
 from training.data.micro_batch import MicroBatch, collate
 from training.data.source import Source, mixed_order, open_source, row_shares
+from training.run_folder import RunFolder
 from training.students.student import Student
 from training.watching.evaluation import figures, held_out_prefixes, kl_measure, tally, teacher_figures
 
@@ -212,6 +214,24 @@ def test_identity_tells_apart_what_decides_the_numbers(stores: dict[str, LogitSt
     labels = {source().identity()["labels_id"] for source in kinds}
     assert len(labels) == 4
     assert open_source(data("teachers", stores, b=2.0, a=2.0)).identity()["text_id"] == single["text_id"]
+
+
+def test_a_run_does_not_go_on_with_other_rows_left_out(stores: dict[str, LogitStore], tmp_path: Path) -> None:
+    """They decide the order of all: the labels that are there are the same, and so is their id."""
+
+    def identity(*left_out: int) -> dict[str, Any]:
+        store = LogitStore.open(stores["a"].storage.url)
+        store.__dict__["left_out"] = dict.fromkeys(left_out, "killed its worker")
+        return Source.of(store).identity()
+
+    config = TrainConfig.model_validate(student_config(tmp_path / "run", stores["a"].storage.url))
+    run = RunFolder(config.run.path)
+    run.begin(config, identity(5, 2))
+    run.check(config, identity(2, 5))
+    for others in ((2,), (2, 6), ()):
+        with pytest.raises(IdentityError, match=r"belongs to another run: identity.left_out"):
+            run.check(config, identity(*others))
+    assert "left_out" not in Source.of(stores["a"]).identity()  # as runs have noted it that began before
 
 
 def test_no_prefixes_give_a_micro_batch_without_loss(stores: dict[str, LogitStore]) -> None:

@@ -5,12 +5,11 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import torch
-
 from training.config import TrainConfig
 from training.curriculum.batches import BatchPlan, Cursor, Prefix, micro_batches, padding_share
 from training.data.micro_batch import MicroBatch, collate
 from training.data.source import Source
+from training.engine import on_gpus
 
 
 class Step(NamedTuple):
@@ -57,7 +56,7 @@ class Feed:
         self._pool = ThreadPoolExecutor(config.data.threads, "decant-feed")
         self._ahead: deque[Future[_Ahead | None]] = deque()
         self._at: Cursor | None = None  # where the first step ahead begins, if that is known
-        self._pins = torch.cuda.is_available()
+        self._pins = on_gpus()
 
     def __enter__(self) -> "Feed":
         return self

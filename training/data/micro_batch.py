@@ -15,14 +15,19 @@ from training.losses import SparseTargets, WeightedTargets
 
 
 class MicroBatch(NamedTuple):
-    """B prefixes padded to L positions; N of the B·L positions carry loss."""
+    """B prefixes padded to L positions; S of the B·L positions are fed, and N of these carry loss.
+
+    Which ones is told by numbers, counted here on the host: a mask would make it wait for the GPU to count.
+    """
 
     input_ids_BL: Tensor
     """int64; 0 where padded (on the right: under causal attention no real position sees it)."""
     lengths_B: Tensor
     """int64: positions of each prefix that are no padding."""
-    valid_BL: Tensor
-    """bool: which positions carry loss."""
+    fed_S: Tensor
+    """int64: where the positions that are no padding stand among the B·L, row after row."""
+    valid_N: Tensor
+    """int64: where those stand that carry loss."""
     next_ids_N: Tensor
     """int64: the tokens to predict, of the valid positions in order."""
     targets: tuple[WeightedTargets, ...]
@@ -37,9 +42,9 @@ class MicroBatch(NamedTuple):
         return self._each(Tensor.pin_memory)
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
-        ids, lengths, valid, next_ids = (change(tensor) for tensor in self[:4])
+        ids, lengths, fed, valid, next_ids = (change(tensor) for tensor in self[:5])
         targets = tuple(WeightedTargets(w, SparseTargets(*map(change, columns))) for w, columns in self.targets)
-        return MicroBatch(ids, lengths, valid, next_ids, targets)
+        return MicroBatch(ids, lengths, fed, valid, next_ids, targets)
 
     def kept_mass(self) -> float:
         """Σ over its positions of the mass that is not tail; of several teachers, the weighted mean."""
@@ -78,6 +83,7 @@ def collate(source: Source, prefixes: Sequence[Prefix], length: int | None = Non
     rows = [source[p.row] if labels else SourceRow(source.tokens(p.row), ()) for p in prefixes]
     padded = padded_positions(max((prefix.positions for prefix in prefixes), default=1), length)
     input_ids_BL = np.zeros((max(len(prefixes), 1), padded), np.int64)
+    lengths_B = np.array([prefix.positions for prefix in prefixes] or [1])
     valid_BL = np.zeros_like(input_ids_BL, dtype=bool)
     next_ids = [np.zeros(0, np.int64)]
     for i, ((_, positions), (tokens, _)) in enumerate(zip(prefixes, rows, strict=True)):
@@ -87,8 +93,9 @@ def collate(source: Source, prefixes: Sequence[Prefix], length: int | None = Non
         next_ids.append(tokens.input_ids_T[1 : positions + 1][valid_P].astype(np.int64))
     return MicroBatch(
         torch.from_numpy(input_ids_BL),
-        torch.tensor([prefix.positions for prefix in prefixes] or [1]),
-        torch.from_numpy(valid_BL),
+        torch.from_numpy(lengths_B),
+        torch.from_numpy(np.flatnonzero(np.arange(padded) < lengths_B[:, None])),
+        torch.from_numpy(np.flatnonzero(valid_BL)),
         torch.from_numpy(np.concatenate(next_ids)),
         _labels(source, prefixes, rows) if labels and source.has_labels else (),
     )

@@ -137,9 +137,7 @@ class Source:
     def identity(self) -> dict[str, Any]:
         """What of the stores decides a run's numbers. A single store is named by its own ids."""
         stores = self.stores
-        of_each = [
-            {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")} for store in stores
-        ]
+        of_each = [_identity(store) for store in stores]
         if len(stores) == 1:
             return of_each[0]
         texts = [text.stores[0].manifest["text_id"] for text in self.texts]
@@ -154,6 +152,17 @@ class Source:
     def files(self) -> dict[str, bytes]:
         """The tokenizer's files."""
         return self.stores[0].files()
+
+
+def _identity(store: AnyStore) -> dict[str, Any]:
+    """What of a store decides a run's numbers: its labels, and of which rows there are none, for these are not dealt.
+
+    Rows that are left out are no part of ``labels_id``: the same teacher may have failed on others another time.
+    """
+    identity = {key: store.manifest.get(key) for key in ("text_id", "labels_id", "codec", "tail")}
+    if left_out := sorted(getattr(store, "left_out", {})):
+        identity["left_out"] = {"rows": len(left_out), "sha256": digest_json(left_out)}
+    return identity
 
 
 def open_source(config: DataConfig) -> Source:

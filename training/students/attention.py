@@ -9,6 +9,7 @@ from torch import Tensor
 from logit_store.errors import ConfigError
 from training.config import StudentConfig
 from training.data.micro_batch import MicroBatch
+from training.engine import on_gpus
 
 VARLEN = "flash_attention_2"
 """The attention of transformers that takes bounds of sequences."""
@@ -20,7 +21,7 @@ class Flat(NamedTuple):
     input_ids_1S: Tensor
     position_ids_1S: Tensor
     """Counted from 0 in each sequence."""
-    valid_S: Tensor
+    valid_N: Tensor
     """Which of them carry loss."""
     bounds: Tensor
     """int32 [B + 1]: where each sequence begins, and where the last ends."""
@@ -44,15 +45,14 @@ class Flat(NamedTuple):
 
 def flatten(batch: MicroBatch) -> Flat:
     """``batch`` with its padding left out, sequences in their order."""
-    places_L = torch.arange(batch.input_ids_BL.shape[1], device=batch.input_ids_BL.device)
-    fed_BL = places_L < batch.lengths_B[:, None]
-    bounds = torch.nn.functional.pad(batch.lengths_B.cumsum(0), (1, 0)).int()
+    length = batch.input_ids_BL.shape[1]
+    bounds = torch.nn.functional.pad(batch.lengths_B.cumsum(0), (1, 0))
     return Flat(
-        batch.input_ids_BL[fed_BL][None],
-        places_L.expand_as(fed_BL)[fed_BL][None],
-        batch.valid_BL[fed_BL],
-        bounds,
-        len(places_L),
+        batch.input_ids_BL.flatten().index_select(0, batch.fed_S)[None],
+        (batch.fed_S % length)[None],
+        bounds.index_select(0, batch.valid_N // length) + batch.valid_N % length,
+        bounds.int(),
+        length,
     )
 
 
@@ -61,7 +61,7 @@ def check_attention(config: StudentConfig, engine_config: dict[str, Any]) -> Non
     if config.attention == "padded":
         return
     missing = []
-    if not torch.cuda.is_available():
+    if not on_gpus():
         missing.append("a GPU")
     if importlib.util.find_spec("flash_attn") is None:
         missing.append("the package flash-attn")

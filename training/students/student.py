@@ -63,9 +63,10 @@ class Student(nn.Module):
         """States of the valid positions. No sequence sees another, nor its padding."""
         if self.attention == "varlen":
             flat = flatten(batch)
-            return self.model.get_decoder()(**flat.arguments(), use_cache=False).last_hidden_state[0][flat.valid_S]
+            output = self.model.get_decoder()(**flat.arguments(), use_cache=False)
+            return output.last_hidden_state[0].index_select(0, flat.valid_N)
         output = self.model.get_decoder()(input_ids=batch.input_ids_BL, use_cache=False)
-        return output.last_hidden_state[batch.valid_BL]
+        return output.last_hidden_state.flatten(0, 1).index_select(0, batch.valid_N)
 
     def _losses(
         self, batch: MicroBatch, objective: Objective, hidden_ND: Tensor, weight_WD: Tensor, bias_W: Tensor | None
