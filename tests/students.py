@@ -1,6 +1,5 @@
 """Small runs of the trainer for tests: one process, real engines, stopped and resumed wherever a test likes."""
 
-import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from logit_store.config import parse_config
 from logit_store.errors import CorruptError
 from training.config import TrainConfig
+from training.run_folder import RunFolder
 from training.stop import StopRequest
 
 LLAMA = {
@@ -85,7 +85,7 @@ def held_out_is_damaged() -> Iterator[None]:
 
 def metrics(folder: str | Path) -> list[dict[str, Any]]:
     """Lines of steps and evaluations, without what depends on the clock."""
-    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    lines = RunFolder(str(folder)).metrics()
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines]
 
 

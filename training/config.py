@@ -166,7 +166,7 @@ class TowardsConfig(Config):
     """How a number changes with the tokens seen."""
 
     kind: Literal["linear", "cosine"]
-    """A straight line, or half a wave of a cosine."""
+    """A straight line, or half a wave of a cosine. What stays as it is needs no schedule."""
     to: float = Field(ge=0.0, allow_inf_nan=False)
     """Where it ends; it starts at the number itself."""
     over_tokens: int = Field(ge=1)
@@ -289,7 +289,7 @@ class CurriculumScheduleConfig(Config):
     root_degree: int = Field(2, ge=1)
     """fixed_root: difficulty grows with the root of this degree."""
     difficulty: list[int] | None = None
-    """fixed_discrete: the difficulties."""
+    """fixed_discrete: the difficulties, from `min_difficulty` to `max_difficulty`."""
     max_tokens: list[int] | None = None
     """fixed_discrete: the tokens up to which each difficulty holds; one fewer than difficulties."""
     function: str | None = Field(None, pattern=r"^[\w.]+:\w+$")
@@ -338,10 +338,11 @@ class ScheduledConfig(Config):
     def _check_discrete(self, difficulty: list[int], max_tokens: list[int]) -> None:
         if len(max_tokens) != len(difficulty) - 1:
             raise ValueError("schedule_config.max_tokens must have one entry fewer than schedule_config.difficulty")
-        if max_tokens != sorted(max_tokens) or min(difficulty) < 1:
-            raise ValueError("schedule_config.max_tokens must ascend and schedule_config.difficulty be positive")
-        if max(difficulty) > self.max_difficulty:
-            raise ValueError(f"schedule_config.difficulty goes beyond max_difficulty {self.max_difficulty}")
+        if max_tokens != sorted(max_tokens):
+            raise ValueError("schedule_config.max_tokens must ascend")
+        low, high = self.min_difficulty, self.max_difficulty
+        if min(difficulty) < low or max(difficulty) > high:
+            raise ValueError(f"schedule_config.difficulty must stay from min_difficulty {low} to max_difficulty {high}")
 
 
 class CurriculumConfig(ScheduledConfig):
@@ -372,12 +373,6 @@ class RowCurriculumConfig(ScheduledConfig):
     """Percent of the rows at the start."""
     max_difficulty: int = Field(100, ge=5, le=100)
     """Percent of the rows at the end."""
-
-    @model_validator(mode="after")
-    def _some_rows_are_easy_enough(self) -> Self:
-        if min(self.schedule_config.difficulty or [5]) < 5:
-            raise ValueError("schedule_config.difficulty must be at least 5: rows are told apart in steps of 5 %")
-        return self
 
 
 class EvaluationConfig(Config):

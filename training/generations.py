@@ -68,7 +68,8 @@ def plan(config: GenerationsConfig, first: Config, later: Config, train: TrainCo
             teacher = RunFolder(str(root / str(number - 1) / "run")).model
             cache["teacher"] |= {"model": str(teacher), "revision": None, "quantization": None}
             cache["store"]["path"] = str(folder / "store")
-        document = train.model_dump(mode="json")
+        # What was not set stays so: it matters to keys that exclude each other, and beside a DeepSpeed JSON.
+        document = train.model_dump(mode="json", exclude_unset=True)
         document["data"] |= {"store": cache["store"]["path"], "teachers": None, "mixture": None}
         document["run"] = {"path": str(folder / "run"), "seed": train.run.seed + number - 1}
         generations.append(Generation(number, folder, cache, document))
@@ -101,7 +102,8 @@ def table_rows(generations: list[Generation]) -> list[tuple[str, ...]]:
     from training.watching.evaluation import held_out_prefixes, teacher_figures
 
     source = Source.of(LogitStore.open(generations[0].train["data"]["store"]))
-    prefixes = held_out_prefixes(source, generations[0].train["evaluation"]["max_rows"])
+    max_rows = TrainConfig.model_validate(generations[0].train).evaluation.max_rows
+    prefixes = held_out_prefixes(source, max_rows)
     rows, previous = [], teacher_figures(source, prefixes)
     rows.append(_row("teacher", "", previous, "", ""))
     for generation in generations:

@@ -2,6 +2,9 @@
 
 import base64
 import io
+import math
+import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,9 +13,9 @@ import yaml
 
 from logit_store.errors import StudentError
 from logit_store.tools.summary import summarize
-from training.config import DataConfig
+from training.config import DataConfig, LossConfig
 from training.data.source import open_source
-from training.run_folder import CONFIG, RunFolder, writing
+from training.run_folder import CONFIG, MEMORY, RunFolder, decisive, writing
 from training.watching.evaluation import Figures, held_out_prefixes, teacher_figures
 
 
@@ -26,17 +29,36 @@ class Run(NamedTuple):
     metrics: list[dict[str, Any]]
 
     @property
-    def alpha(self) -> float:
-        """Weight of the soft labels; 0 is a cross-entropy twin."""
-        return float(self.config["loss"]["alpha"])
+    def learns_from_labels(self) -> bool:
+        """Whether soft labels ever count; without them it is cross-entropy alone."""
+        course = {key: self.config["loss"][key] for key in ("alpha", "alpha_schedule")}
+        return LossConfig.model_validate(course).needs_labels
+
+    @property
+    def loss_is(self) -> str:
+        """What it descends, in few words."""
+        loss = self.config["loss"]
+        if not self.learns_from_labels:
+            return "cross-entropy"
+        course = f"{loss['alpha']:g}" + (f" to {loss['alpha_schedule']['to']:g}" if loss["alpha_schedule"] else "")
+        return f"{course} KD, {loss['tail']}"
+
+    @property
+    def gradient_norm_variance(self) -> float:
+        """Of the steps after the warm-up; NaN where there are fewer than two."""
+        warmup = self.config["schedule"]["warmup_tokens"]
+        norms = [line["gradient_norm"] for line in self.metrics if "gradient_norm" in line
+                 and line["tokens_seen"] > warmup and math.isfinite(line["gradient_norm"])]  # fmt: skip
+        return statistics.variance(norms) if len(norms) > 1 else math.nan
 
 
 def report(paths: Sequence[str], out: str | None) -> Path:
-    """Write ``report.html``, PNGs and ``table.md``, print the table; the HTML file's path.
+    """Write ``report.html``, PNGs and ``table.md``, print the table; the HTML file's path. Runs that are not finished
+    are left out, with a warning.
 
-    Raises StudentError: a directory holds no finished run, or runs are of different stores.
+    Raises StudentError: a directory holds no run, none is finished, or runs are of different stores.
     """
-    runs = sorted((_load(path) for path in paths), key=lambda run: (run.result["parameters"], -run.alpha))
+    runs = sorted(_load(paths), key=lambda run: (run.result["parameters"], not run.learns_from_labels, run.name))
     _check_comparable(runs)
     labelled = [run for run in runs if run.config["identity"]["labels_id"]] or runs
     source = open_source(DataConfig.model_validate(labelled[0].config["data"]))
@@ -74,7 +96,9 @@ COLUMNS = (
     "gain over CE twin",
     "calibration error",
     "agreement with teacher",
+    "gradient norm variance",
     "tokens/s",
+    "seconds",
 )
 
 
@@ -82,37 +106,25 @@ def table_rows(runs: Sequence[Run], teacher: Figures | None) -> list[dict[str, s
     """One row of text per model, the teacher first. The gain is the twin's held-out loss minus the run's own."""
     rows = []
     if teacher is not None:
-        rows.append(_row("teacher", None, "", None, teacher, teacher, None, None))
+        rows.append(_row("teacher", "", teacher, teacher))
     for run in runs:
-        twin = next((other for other in runs if _is_twin(run, other)), None)
+        twin = next((other for other in runs if is_twin(run, other)), None)
         gain = twin.result["held_out"]["loss"] - run.result["held_out"]["loss"] if twin else None
-        loss = "cross-entropy" if run.alpha == 0 else f"{run.alpha:g} KD, {run.config['loss']['tail']}"
-        result = run.result
-        rows.append(
-            _row(
-                run.name,
-                result["parameters"],
-                loss,
-                result["tokens"],
-                result["held_out"],
-                teacher,
-                gain,
-                result["tokens_per_s"],
-            )
-        )
+        rows.append(_row(run.name, run.loss_is, run.result["held_out"], teacher, gain, run))
     return rows
 
 
-def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_out: Figures,
-         teacher: Figures | None, gain: float | None, rate: float | None) -> dict[str, str]:  # fmt: skip
+def _row(name: str, loss: str, held_out: Figures, teacher: Figures | None, gain: float | None = None,
+         run: Run | None = None) -> dict[str, str]:  # fmt: skip
     def number(value: float | None, pattern: str) -> str:
         return "" if value is None or value != value else format(value, pattern)
 
+    result = run.result if run else {}
     cells = (
         name,
-        number(parameters, ",d"),
+        number(result.get("parameters"), ",d"),
         loss,
-        number(tokens, ",d"),
+        number(result.get("tokens"), ",d"),
         number(held_out["loss"], ".4f"),
         number(held_out["perplexity"], ".1f"),
         number(held_out["loss"] - teacher["loss"] if teacher else None, "+.4f"),
@@ -120,21 +132,26 @@ def _row(name: str, parameters: int | None, loss: str, tokens: int | None, held_
         number(gain, "+.4f"),
         number(held_out["calibration_error"], ".2%"),
         number(held_out["agreement"], ".1%"),
-        number(rate, ",.0f"),
+        number(run.gradient_norm_variance if run else None, ".3g"),
+        number(result.get("tokens_per_s"), ",.0f"),
+        number(result.get("seconds"), ",.0f"),
     )
     return dict(zip(COLUMNS, cells, strict=True))
 
 
-def _is_twin(run: Run, other: Run) -> bool:
-    """Whether ``other`` is ``run`` with cross-entropy alone: same student, seed, batches and schedule."""
-    same = ("student", "schedule", "curriculum", "optimizer")
-    origin = ("store", "teachers", "mixture")
-    return (
-        run.alpha > 0 == other.alpha
-        and all(run.config[section] == other.config[section] for section in same)
-        and all(run.config["data"].get(key) == other.config["data"].get(key) for key in origin)
-        and run.config["run"]["seed"] == other.config["run"]["seed"]
-    )
+TWINS_MAY_DIFFER = (*MEMORY, "evaluation.every_tokens", "evaluation.max_rows")
+"""Keys beside those of the loss that change nothing of what a run learns, or by rounding alone."""
+
+
+def is_twin(run: Run, other: Run) -> bool:
+    """Whether ``other`` is ``run`` with cross-entropy alone: all else that decides their weights is the same."""
+    return run.learns_from_labels and not other.learns_from_labels and _but_labels(run) == _but_labels(other)
+
+
+def _but_labels(run: Run) -> dict[str, Any]:
+    """What decides a run's weights, flat, but for what its soft labels have to do with it."""
+    flat = decisive(run.config, TWINS_MAY_DIFFER)
+    return {key: value for key, value in flat.items() if not key.startswith("loss.") or key == "loss.z_loss"}
 
 
 def markdown_table(rows: list[dict[str, str]]) -> str:
@@ -145,11 +162,13 @@ def markdown_table(rows: list[dict[str, str]]) -> str:
 
 def draw_plots(runs: Sequence[Run], teacher: Figures | None) -> dict[str, bytes]:
     """PNG bytes by name: loss and held-out KL over tokens, lengths over steps, held-out loss over size."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figures = {}
     sizes = sorted({run.result["parameters"] for run in runs})
-    colours = {size: f"C{i}" for i, size in enumerate(sizes)}
+    many = len(runs) > 10
+    colours = [colormaps["tab20" if many else "tab10"](i % (20 if many else 10)) for i in range(len(runs))]
 
     def axes(name: str, title: str, xlabel: str, ylabel: str) -> Any:
         figures[name] = Figure(figsize=(7, 4.2), layout="constrained")
@@ -161,25 +180,25 @@ def draw_plots(runs: Sequence[Run], teacher: Figures | None) -> dict[str, bytes]
     length = axes("sequence_length", "Length curriculum", "step", "positions per sequence")
     if teacher is not None:
         kl = axes("kl", "KL to the teacher on held-out rows", "tokens seen", "nats per token")
-        for run in runs:
+        for run, colour in zip(runs, colours, strict=True):
             seen = [(m["tokens_seen"], m["held_out"]["kl"]) for m in run.metrics if "kl" in m.get("held_out", {})]
-            style = "s--" if run.alpha == 0 else "o-"
-            kl.plot([x for x, _ in seen], [y for _, y in seen], style, color=colours[run.result["parameters"]],
-                    label=run.name, lw=1.2, ms=3)  # fmt: skip
-    for run in runs:
+            style = "o-" if run.learns_from_labels else "s--"
+            kl.plot([x for x, _ in seen], [y for _, y in seen], style, color=colour, label=run.name, lw=1.2, ms=3)
+    for run, colour in zip(runs, colours, strict=True):
         steps = [line for line in run.metrics if "ce" in line]
-        style = "--" if run.alpha == 0 else "-"
-        colour = colours[run.result["parameters"]]
+        style = "-" if run.learns_from_labels else "--"
         smooth = _smooth([line["ce"] for line in steps])
         loss.plot([line["tokens_seen"] for line in steps], smooth, style, color=colour, label=run.name, lw=1.2)
         length.plot([s["step"] for s in steps], [s["sequence_length"] for s in steps], style, color=colour,
                     label=run.name, lw=1.2)  # fmt: skip
     size = axes("size", "Held-out loss over student size", "parameters", "nats per token")
     for label, chosen, style in (
-        ("cross-entropy", [run for run in runs if run.alpha == 0], "s--"),
-        ("distilled", [run for run in runs if run.alpha > 0], "o-"),
+        ("cross-entropy", [run for run in runs if not run.learns_from_labels], "s--"),
+        ("distilled", [run for run in runs if run.learns_from_labels], "o-"),
     ):
         if chosen:
+            if len({run.result["parameters"] for run in chosen}) < len(chosen):
+                style = style[0]  # several of one size: a line through them would say nothing
             size.plot([r.result["parameters"] for r in chosen], [r.result["held_out"]["loss"] for r in chosen],
                       style, label=label)  # fmt: skip
     if teacher is not None:
@@ -206,14 +225,31 @@ def _png(figure: Any) -> bytes:
     return buffer.getvalue()
 
 
-def _load(path: str) -> Run:
-    folder = RunFolder(path)
-    result = folder.result()
-    if result is None:
-        state = "is not finished: run its `decant train` again" if (folder.path / CONFIG).exists() else "holds no run"
-        raise StudentError(f"{path} {state}")
-    config = yaml.safe_load((folder.path / CONFIG).read_text())
-    return Run(folder.path.name, folder.path, config, result, folder.metrics())
+def _load(paths: Sequence[str]) -> list[Run]:
+    """The finished ones of these runs, each once. Raises StudentError."""
+    runs, unfinished = [], []
+    for path in dict.fromkeys(Path(path).resolve() for path in paths):
+        folder = RunFolder(str(path))
+        if not (path / CONFIG).exists():
+            raise StudentError(f"{path} holds no run")
+        result = folder.result()
+        if result is None:
+            unfinished.append(f"{path} is not finished: run its `decant train` again")
+            continue
+        config = yaml.safe_load((path / CONFIG).read_text())
+        runs.append(Run(path.name, path, config, result, folder.metrics()))
+    if not runs:
+        raise StudentError("; ".join(unfinished))
+    for line in unfinished:
+        print(f"warning: left out: {line}", file=sys.stderr)
+    return [run._replace(name=name) for run, name in zip(runs, names([run.path for run in runs]), strict=True)]
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """What to call each of different paths: as many of their last parts as tell all of them apart."""
+    longest = max(len(path.parts) for path in paths)
+    found = (["/".join(path.parts[-n:]) for path in paths] for n in range(1, longest + 1))
+    return next(candidates for candidates in found if len(set(candidates)) == len(paths))
 
 
 def _check_comparable(runs: Sequence[Run]) -> None:
@@ -273,5 +309,5 @@ def _print_table(rows: list[dict[str, str]]) -> None:
         table.add_row(*row.values())
     console = Console()
     if not console.is_terminal:
-        console.width = 170  # a log has no width: every column whole
+        console.width = 200  # a log has no width: every column whole
     console.print(table)

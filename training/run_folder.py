@@ -2,6 +2,7 @@
 
 import fcntl
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ class RunFolder:
         remedy = "Choose another run.path, or delete that directory if it is not wanted"
         # Until it is finished, nothing that a run has kept depends on how it is evaluated at the end.
         free = (*MEMORY, "evaluation.every_tokens", *(() if self.result() else ("evaluation.max_rows",)))
-        found, wanted = _decisive(saved, free), _decisive(_document(config, identity), free)
+        found, wanted = decisive(saved, free), decisive(_document(config, identity), free)
         require_equal(found, wanted, str(self.path), remedy)
 
     def begin(self, config: TrainConfig, identity: dict[str, Any]) -> None:
@@ -84,11 +85,11 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """The figures of a finished run; None while it is not."""
-        return self._read(RESULT)
+        return _nans(self._read(RESULT)) if (self.path / RESULT).exists() else None
 
     def save_result(self, result: dict[str, Any]) -> None:
         """Mark the run finished, and drop its checkpoints: the model is saved."""
-        self._replace(RESULT, json.dumps(result, indent=1))
+        self._replace(RESULT, json.dumps(_nulls(result), indent=1, allow_nan=False))
         (self.path / POINTER).unlink(missing_ok=True)
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
@@ -110,13 +111,18 @@ class RunFolder:
                 shutil.rmtree(folder)
 
     def log(self, line: dict[str, Any]) -> None:
-        """Append a line of metrics. Raises StudentError when the disk is full."""
+        """Append a line of metrics. Raises StudentError when the disk is full.
+
+        Held-out figures of a step that has some, of a run that died before it was finished, take their place.
+        """
+        if "held_out" in line and (had := self._lines()) and _is_evaluation(had[-1], line["step"]):
+            self._replace(METRICS, "".join(kept + "\n" for kept in had[:-1]))
         with writing(self.path / METRICS), open(self.path / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(_nulls(line), allow_nan=False) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """All lines of metrics."""
-        return [json.loads(line) for line in self._lines()]
+        return [_nans(json.loads(line)) for line in self._lines()]
 
     def rewind(self, step: int) -> None:
         """Drop metrics of steps after ``step``: a resumed run takes them again."""
@@ -152,7 +158,7 @@ def _document(config: TrainConfig, identity: dict[str, Any]) -> dict[str, Any]:
     return {**yaml.safe_load(dump_config(config)), "identity": identity}
 
 
-def _decisive(document: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
+def decisive(document: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
     """The parts that decide the run's numbers, flat; where it lives, how it is launched and what is ``free`` do not."""
     flat: dict[str, Any] = {}
     for section, value in document.items():
@@ -161,6 +167,24 @@ def _decisive(document: dict[str, Any], free: Sequence[str]) -> dict[str, Any]:
     for place in ("run.path", *(f"data.{key}" for key in DataConfig.model_fields), *free):  # stores are in it as well
         flat.pop(place, None)
     return flat
+
+
+def _nulls(value: Any) -> Any:
+    """``value`` with null for numbers that are not finite, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: _nulls(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nans(value: Any) -> Any:
+    """What ``_nulls`` has written, with NaN for null."""
+    if isinstance(value, dict):
+        return {key: _nans(inner) for key, inner in value.items()}
+    return math.nan if value is None else value
+
+
+def _is_evaluation(line: str, step: int) -> bool:
+    return _step_of(line) == step and "held_out" in json.loads(line)
 
 
 def _step_of(line: str) -> float:

@@ -4,6 +4,8 @@ import math
 from collections.abc import Callable
 from functools import cache
 from importlib import import_module
+from operator import index
+from typing import Any
 
 from logit_store.errors import ConfigError
 from training.config import ScheduleConfig, ScheduledConfig, TowardsConfig
@@ -41,18 +43,22 @@ def in_cycle(curriculum: ScheduledConfig, tokens: int) -> int:
 
 def _custom(curriculum: ScheduledConfig, tokens: int) -> int:
     name = str(curriculum.schedule_config.function)
-    value = _imported(name)(tokens)
+    given: Any = _imported(name)(tokens)
     low, high = curriculum.min_difficulty, curriculum.max_difficulty
-    if not isinstance(value, int) or not low <= value <= high:
+    try:
+        value = index(given)  # numpy's whole numbers as well
+    except TypeError:
+        value = None
+    if value is None or not low <= value <= high:
         raise ConfigError(
-            f"schedule_config.function {name} gives {value!r} at {tokens:,} tokens: it must give a whole number from "
+            f"schedule_config.function {name} gives {given!r} at {tokens:,} tokens: it must give a whole number from "
             f"min_difficulty {low} to max_difficulty {high}"
         )
     return value
 
 
 @cache
-def _imported(name: str) -> Callable[[int], int]:
+def _imported(name: str) -> Callable[[int], Any]:
     module, _, function = name.partition(":")
     try:
         found = getattr(import_module(module), function)
@@ -63,7 +69,7 @@ def _imported(name: str) -> Callable[[int], int]:
         ) from error
     if not callable(found):
         raise ConfigError(f"schedule_config.function {name} is no function")
-    checked: Callable[[int], int] = found
+    checked: Callable[[int], Any] = found
     return checked
 
 

@@ -107,6 +107,19 @@ def test_only_the_first_teacher_is_of_the_hub_or_quantised() -> None:
         assert generation.train["run"]["seed"] == before.train["run"]["seed"] + 1
 
 
+def test_what_a_config_leaves_out_stays_left_out(tmp_path: Path) -> None:
+    """Or a learned temperature meets a temperature, and a DeepSpeed JSON's clipping that of the optimizer."""
+    learned = ["loss.learned_temperature.low=1", "loss.learned_temperature.high=4"]
+    learned += ["loss.learned_temperature.over_tokens=100"]
+    cache = load_config(CacheConfig, ROOT / "configs/single_node/cache.yaml")
+    train = load_config(TrainConfig, ROOT / "configs/demo/student-small.yaml", learned)
+    config = GenerationsConfig(path=str(tmp_path), count=2, cache="c", train="t")
+    for generation in plan(config, cache, cache, train):
+        again = load_config(TrainConfig, generation.write()["train"])
+        assert again.loss == train.loss
+        assert again.optimizer.model_fields_set == train.optimizer.model_fields_set
+
+
 def test_a_student_that_could_not_be_a_teacher_is_refused_at_once(
     config: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,9 @@ def test_cycles_go_through_the_schedule_again_and_then_stay() -> None:
 
 def test_a_custom_schedule_is_the_users_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "my_schedule.py").write_text(
+        "import numpy as np\n\n"
         "def staircase(tokens):\n    return 16 if tokens < 100 else 48\n\n"
+        "def numpys(tokens):\n    return np.int64(24)\n\n"
         "def wrong(tokens):\n    return 16.5\n\nno = 3\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -80,6 +82,8 @@ def test_a_custom_schedule_is_the_users_function(tmp_path: Path, monkeypatch: py
                                 schedule_config=CurriculumScheduleConfig(function=function))  # fmt: skip
 
     assert [difficulty(config("my_schedule:staircase"), tokens) for tokens in (0, 99, 100)] == [16, 16, 48]
+    found = difficulty(config("my_schedule:numpys"), 0)
+    assert (found, type(found)) == (24, int)
     for function, message in {
         "my_schedule:wrong": r"gives 16\.5 at 0 tokens: it must give a whole number from min_difficulty 16",
         "my_schedule:missing": "cannot be imported",
@@ -97,6 +101,10 @@ def test_a_custom_schedule_is_the_users_function(tmp_path: Path, monkeypatch: py
         ({"cycle_tokens": 5}, "needs cycles"),
         ({"schedule_type": "custom"}, "custom needs schedule_config.function"),
         ({"schedule_type": "fixed_discrete"}, "fixed_discrete needs schedule_config.difficulty"),
+        (
+            {"schedule_type": "fixed_discrete", "schedule_config": {"difficulty": [4, 64], "max_tokens": [9]}},
+            "difficulty must stay from min_difficulty 8 to max_difficulty 64",
+        ),
         ({"mode": "bucket", "boundary": "line"}, "mode=bucket cuts none"),
         ({"min_difficulty": 65}, "min_difficulty 65 is above max_difficulty 64"),
         ({"schedule_config": {"function": "no colon"}}, "schedule_config.function: string should match"),
@@ -115,7 +123,7 @@ def test_a_row_curriculum_counts_percents() -> None:
     with pytest.raises(ConfigError, match="min_difficulty: input should be greater than or equal to 5"):
         parse_config(RowCurriculumConfig, raw, "student.yaml")
     discrete = {"schedule_type": "fixed_discrete", "schedule_config": {"difficulty": [2, 50], "max_tokens": [9]}}
-    with pytest.raises(ConfigError, match="difficulty must be at least 5"):
+    with pytest.raises(ConfigError, match="difficulty must stay from min_difficulty 5 to max_difficulty 100"):
         parse_config(RowCurriculumConfig, raw | {"min_difficulty": 5} | discrete, "student.yaml")
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from logit_store.errors import StudentError
 from training.config import FromTeacherConfig, StudentConfig
 from training.students.architecture import check_student
-from training.students.layers import chosen_layers
+from training.students.layers import chosen_layers, cut_config
 from training.students.models import build_student
 
 V, NUM_LAYERS = 100, 5
@@ -28,7 +28,10 @@ SIZES: dict[str, Any] = {
     "pad_token_id": 0,
     "initializer_range": 0.2,  # large enough that every layer shows in the logits
 }
-SLIDING = {"sliding_window": 3, "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"]}
+SLIDING: dict[str, Any] = {
+    "sliding_window": 3,
+    "layer_types": ["sliding_attention", "full_attention"] * 2 + ["sliding_attention"],
+}
 TEACHERS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"tie_word_embeddings": True},
@@ -72,6 +75,14 @@ def test_the_student_is_the_teacher_without_the_other_layers(kind: str, tmp_path
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
     assert loaded.config.num_hidden_layers == len(loaded.model.layers) == 3
     assert torch.equal(logits(loaded), logits(student))
+
+
+def test_a_list_that_happens_to_be_as_long_is_not_cut() -> None:
+    ends = [1, 2, 3, 4, 5]
+    teacher = AutoConfig.for_model("qwen2", **SIZES, use_sliding_window=True, **SLIDING, eos_token_id=ends)
+    student = cut_config(FromTeacherConfig(model="t", layers=[0, 1]), teacher)
+    assert student.eos_token_id == ends
+    assert student.layer_types == SLIDING["layer_types"][:2]
 
 
 def test_all_layers_are_the_teacher_and_bfloat16_becomes_float32(tmp_path: Path) -> None:

@@ -86,6 +86,14 @@ def test_a_store_of_tokens_has_no_teacher() -> None:
     assert "| labels | none: a store of tokens |" in found.text
 
 
+def test_a_weight_that_changes_is_told_whole() -> None:
+    grows = {"alpha": 0.0, "alpha_schedule": {"kind": "linear", "to": 0.5, "over_tokens": 3000}}
+    raw = config({"size": "25m"}).model_dump(mode="json") | {"loss": grows}
+    text = model_card(TrainConfig.model_validate(raw), [MANIFEST], RESULT)
+    assert "a weight of 0 at first and 0.5 after 3,000 tokens in the loss" in text
+    assert "a weight of 0.9 in the loss" in card({"size": "25m"}).text
+
+
 @pytest.mark.parametrize(
     ("value", "shown"),
     [

@@ -12,7 +12,8 @@ from logit_store.config import parse_config
 from logit_store.errors import ConfigError, StoreError
 from tests.toy import write_tokens
 from training.config import TrainConfig
-from training.curriculum.plan import custom_identity, make_plan, plan_warnings
+from training.curriculum.batches import Cursor
+from training.curriculum.plan import custom_identity, end_warnings, make_plan, plan_warnings
 from training.data.source import Source
 
 Make = Callable[..., Source]
@@ -143,6 +144,18 @@ def test_what_is_sound_but_surprising_is_a_warning(make: Make) -> None:
     )
     plain = train_config()
     assert plan_warnings(make_plan(plain, store), plain, 120) == []
+
+
+def test_a_clock_that_pacing_held_is_a_warning(make: Make) -> None:
+    store = make(LENGTHS)
+    paced = curriculum(8, 31, 500, pacing={"max_volatility": 0.1})
+    plan = make_plan(train_config(curriculum=paced), store)
+    (warning,) = end_warnings(plan, Cursor(tokens_seen=2000, clock=0))
+    assert "held the clock at 0 of 2,000 tokens" in warning
+    assert "sequences had 8 positions, not 31" in warning
+    assert end_warnings(plan, Cursor(tokens_seen=2000, clock=500)) == []
+    plain = make_plan(train_config(curriculum=curriculum(8, 31, 500)), store)
+    assert end_warnings(plain, Cursor(tokens_seen=100, clock=100)) == []  # said before it began
 
 
 def test_a_custom_schedule_is_part_of_the_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from training.schedules import difficulty, learning_rate
 SCHEDULES: list[tuple[str, dict[str, Any]]] = [
     ("fixed_linear", {"total_curriculum_tokens": 1000, "difficulty_step": 8}),
     ("fixed_root", {"total_curriculum_tokens": 777, "difficulty_step": 16, "root_degree": 3}),
-    ("fixed_discrete", {"difficulty": [20, 50, 250], "max_tokens": [100, 600]}),
+    ("fixed_discrete", {"difficulty": [64, 100, 250], "max_tokens": [100, 600]}),
 ]
 DEEPSPEEDS_KEY = {"total_curriculum_tokens": "total_curriculum_step", "max_tokens": "max_step"}
 

@@ -1,7 +1,7 @@
 """Which rows a step trains on, and how they are dealt to ranks: pure functions of config, lengths and seed."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -175,58 +175,82 @@ def micro_batches(
 ) -> list[list[list[Prefix]]]:
     """Deal a step's prefixes: for each rank the same number of micro-batches, some perhaps empty.
 
-    Prefixes are sorted by length and split into rounds, each of which gives every rank a micro-batch of about equal
-    numbers of positions. There are as few rounds as keep each micro-batch within ``micro_batch_tokens`` when padded
-    (a single prefix may exceed it) and all padding below ``MAX_PADDING``, as far as rounds of a row per rank allow.
+    Prefixes are sorted by length and split into rounds, each of which gives every rank a micro-batch, of about equal
+    costs (positions when padded); where there are fewer prefixes than ranks, some get an empty one. There are as few
+    rounds as keep each micro-batch within ``micro_batch_tokens`` (a single prefix may exceed it) and all padding below
+    ``MAX_PADDING``, as far as the sizes of ``padded_positions`` allow.
     """
     ordered = sorted(prefixes, key=lambda prefix: (-prefix.positions, prefix.row))
-    padded_N = np.array([padded_positions(prefix.positions, length) for prefix in ordered] + [0], np.int64)
-    ends_N = np.cumsum([0] + [prefix.positions for prefix in ordered])
+    padded_N = [padded_positions(prefix.positions, length) for prefix in ordered]
+    deal = cache(partial(_spread, padded_N, num_ranks))
     borders = _full_rounds(padded_N, num_ranks, micro_batch_tokens)
-    while True:
-        rounds = [_spread(ends_N, start, stop, num_ranks) for start, stop in pairwise(borders)]
-        sizes_R = [np.diff(bounds_R) * padded_N[bounds_R[:-1]] for bounds_R in rounds]
-        more = {
-            _halfway(ends_N, int(bounds_R[0]), int(bounds_R[-1]))
-            for bounds_R, size_R in zip(rounds, sizes_R, strict=True)
-            if ((size_R > micro_batch_tokens) & (np.diff(bounds_R) > 1)).any()
-        }
-        if not more and ends_N[-1] < (1 - MAX_PADDING) * sum(map(np.sum, sizes_R)):
-            more = _best_border(padded_N, borders, num_ranks)
-        if not more:
-            return [[ordered[bounds_R[rank] : bounds_R[rank + 1]] for bounds_R in rounds] for rank in range(num_ranks)]
-        borders = sorted({*borders, *more})
+    most = sum(prefix.positions for prefix in ordered) / (1 - MAX_PADDING)
+    while sum(deal(start, stop).cost for start, stop in pairwise(borders)) > most:
+        border = _best_border(padded_N, borders, num_ranks, deal)
+        if border is None:
+            break
+        borders = sorted([*borders, border])
+    rounds = [deal(start, stop).bounds_R for start, stop in pairwise(borders)]
+    return [[ordered[bounds_R[rank] : bounds_R[rank + 1]] for bounds_R in rounds] for rank in range(num_ranks)]
 
 
-def _full_rounds(padded_N: NDArray[np.int64], num_ranks: int, micro_batch_tokens: int) -> list[int]:
+class _Round(NamedTuple):
+    bounds_R: list[int]
+    """Where each rank's share begins, and the last one ends."""
+    cost: int
+    """Positions of all ranks when padded."""
+
+
+Deal = Callable[[int, int], _Round]
+"""(start, stop) → how a round of these rows is dealt."""
+
+FINER = 32
+"""A round's dearest share is the least possible one, or at most by this part of it more."""
+
+
+def _full_rounds(padded_N: Sequence[int], num_ranks: int, micro_batch_tokens: int) -> list[int]:
     """Borders of rounds in which each rank has as many rows as fit when all are as long as the first."""
-    borders, num_rows = [0], len(padded_N) - 1
-    while borders[-1] < num_rows:
-        of_rank = max(1, micro_batch_tokens // int(padded_N[borders[-1]]))
-        borders.append(min(borders[-1] + num_ranks * of_rank, num_rows))
-    return borders if num_rows else [0, 0]
+    borders = [0]
+    while borders[-1] < len(padded_N):
+        of_rank = max(1, micro_batch_tokens // padded_N[borders[-1]])
+        borders.append(min(borders[-1] + num_ranks * of_rank, len(padded_N)))
+    return borders if padded_N else [0, 0]
 
 
-def _halfway(ends_N: NDArray[np.int64], start: int, stop: int) -> int:
-    """Where half of the positions of rows ``start`` to ``stop`` are, with a row on both sides."""
-    return min(max(int(np.searchsorted(ends_N, (ends_N[start] + ends_N[stop]) / 2)), start + 1), stop - 1)
+def _spread(padded_N: Sequence[int], num_ranks: int, start: int, stop: int) -> _Round:
+    """Deal rows ``start`` to ``stop``, the longest first, so that the dearest share costs as little as it can."""
+    if start == stop:
+        return _Round([start] * (num_ranks + 1), 0)
+    even = -(-(stop - start) // num_ranks) * padded_N[start]  # equal numbers of rows cost no share more
+    cap = min(max(padded_N[start], -(-sum(padded_N[start:stop]) // num_ranks)), even)
+    while (bounds_R := _within(padded_N, num_ranks, start, stop, cap))[-1] < stop:
+        cap = min(cap + cap // FINER + 1, even)
+    return _Round(bounds_R, sum((b - a) * padded_N[a] for a, b in pairwise(bounds_R) if a < b))
 
 
-def _spread(ends_N: NDArray[np.int64], start: int, stop: int, num_ranks: int) -> NDArray[np.int64]:
-    """Where each rank's share of rows ``start`` to ``stop`` begins, and the last one ends, by positions."""
-    wanted = ends_N[start] + (ends_N[stop] - ends_N[start]) * np.arange(num_ranks) / num_ranks
-    return np.append(start + np.searchsorted(ends_N[start:stop], wanted), stop)
+def _within(padded_N: Sequence[int], num_ranks: int, start: int, stop: int, cap: int) -> list[int]:
+    """Bounds of shares that cost ``cap`` at most: equal numbers of the rows that are left, or what fits if that is
+    fewer. Where it is too little the last one ends before ``stop``.
+    """
+    bounds_R = [start]
+    for ranks_left in range(num_ranks, 0, -1):
+        at = bounds_R[-1]
+        count = -(-(stop - at) // ranks_left)
+        bounds_R.append(at + min(count, cap // padded_N[at]) if count else at)
+    return bounds_R
 
 
-def _best_border(padded_N: NDArray[np.int64], borders: Sequence[int], num_ranks: int) -> set[int]:
-    """The border between rounds that saves most padding, with a row for every rank on both sides, if there is one."""
-    best = 0
-    border: set[int] = set()
+def _best_border(padded_N: Sequence[int], borders: Sequence[int], num_ranks: int, deal: Deal) -> int | None:
+    """The border between rounds that saves most padding, if one does: where padded lengths change, or just before, so
+    that every rank has equally many rows of the first round.
+    """
+    best, border = 0, None
     for start, stop in pairwise(borders):
-        places = np.arange(start + num_ranks, stop - num_ranks + 1)
-        saved = (stop - places) * (padded_N[start] - padded_N[places])
-        if len(places) and saved.max() > best:
-            best, border = int(saved.max()), {int(places[saved.argmax()])}
+        changes = [i for i in range(start + 1, stop) if padded_N[i] < padded_N[i - 1]]
+        for place in sorted({*changes, *(i - (i - start) % num_ranks for i in changes)} - {start}):
+            saved = deal(start, stop).cost - deal(start, place).cost - deal(place, stop).cost
+            if saved > best:
+                best, border = saved, place
     return border
 
 

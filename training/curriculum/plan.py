@@ -11,7 +11,7 @@ from logit_store import LogitStore
 from logit_store.errors import ConfigError, StoreError
 from logit_store.identity import digest_json
 from training.config import TrainConfig
-from training.curriculum.batches import BatchPlan
+from training.curriculum.batches import BatchPlan, Cursor
 from training.curriculum.clock import Curriculum
 from training.curriculum.cuts import cut_of, plain_cut
 from training.curriculum.difficulty import easiest_percent, row_difficulties
@@ -79,6 +79,22 @@ def plan_warnings(plan: BatchPlan, config: TrainConfig, num_rows: int) -> list[s
             "or of one token, and are not trained on"
         )
     return warnings
+
+
+def end_warnings(plan: BatchPlan, cursor: Cursor) -> list[str]:
+    """What a person should know of a run that ended at ``cursor``: whether pacing let its curricula come to an end."""
+    lengths, rows, found = plan.curriculum.lengths, plan.curriculum.rows, []
+    if lengths is not None and (length := plan.length(cursor.clock)) < lengths.max_difficulty:
+        found.append(f"sequences had {length} positions, not {lengths.max_difficulty}")
+    if rows is not None and (percent := plan.curriculum.percent(cursor.clock)) < rows.max_difficulty:
+        found.append(f"the easiest {percent} % of the rows were trained on, not {rows.max_difficulty} %")
+    if plan.can_run_ahead or not found:
+        return []
+    return [
+        f"curriculum.pacing held the clock at {cursor.clock:,} of {cursor.tokens_seen:,} tokens, and the run ended "
+        f"before its curriculum: to the end {' and '.join(found)}. Raise curriculum.pacing.max_volatility, or train "
+        "longer"
+    ]
 
 
 def custom_identity(config: TrainConfig) -> dict[str, Any]:

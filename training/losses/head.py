@@ -11,12 +11,17 @@ from logit_store.errors import StudentError
 
 T = TypeVar("T")
 
+FAILURES = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+"""What a model raises whose fields do not fit together, or that does more with its head than to call it."""
+
 
 class OutputHead:
     """The head of a causal language model of transformers, taken out of its ``forward`` to be applied in chunks."""
 
     def __init__(self, model: Any) -> None:
-        """Raises StudentError where the head is no plain linear layer, or gives other logits than the model."""
+        """Raises StudentError where the head is no plain linear layer, gives other logits than the model, or where the
+        model does not run.
+        """
         self.model, self.module, self.decoder = model, model.get_output_embeddings(), model.get_decoder()
         if type(self.module) is not nn.Linear:
             raise StudentError(
@@ -24,7 +29,14 @@ class OutputHead:
                 "layer there (an adapter on the head is not supported)"
             )
         self._places = {module: _place_of(model, module) for module in (self.module, self.decoder)}
-        self._check_against_own_logits()
+        try:
+            self._check_against_own_logits()
+        except FAILURES as error:
+            reason = " ".join(str(error).split())
+            raise StudentError(
+                f"{type(model).__name__} does not run on four tokens, with its head apart ({reason}): the fields of "
+                "its config do not fit together, or such students are not supported"
+            ) from error
 
     def apply(self, work: Callable[[Tensor, Tensor, Tensor | None], T], hidden_ND: Tensor) -> T:
         """``work(hidden, weight, bias)``, run as the head's own ``forward``.

@@ -8,15 +8,17 @@ from logit_store.errors import ConfigError, StudentError
 from training.config import StudentConfig
 from training.students.sizes import sized_fields
 
-REFUSALS = (OSError, ValueError, KeyError, TypeError)
-"""What transformers raises where it cannot make what was asked of it."""
+REFUSALS = (ArithmeticError, AssertionError, AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What transformers and torch raise where they cannot make what was asked of them: few fields are checked, others fail
+where they are used."""
 
 
 def student_architecture(config: StudentConfig, vocabulary_size: int, longest: int) -> Any:
     """The student's transformers config, of a model with at least the store's vocabulary and ``longest`` positions.
 
     Reads no weights. Raises ConfigError: a new student's fields make no sense. StudentError: there is no such model,
-    its head is narrower than the vocabulary, its context shorter than ``longest``, or the layers are not there.
+    its head is narrower than the vocabulary, its context shorter than ``longest``, its fields do not fit together, or
+    the layers are not there.
     """
     architecture = _architecture(config, vocabulary_size, longest)
     text_config = architecture.get_text_config()
@@ -28,6 +30,18 @@ def student_architecture(config: StudentConfig, vocabulary_size: int, longest: i
     context = getattr(text_config, "max_position_embeddings", None)
     if context is not None and context < longest:
         raise StudentError(f"the student's context is {context}, but sequences of {longest} positions are trained")
+    pad = getattr(text_config, "pad_token_id", None)
+    if pad is not None and pad >= text_config.vocab_size:
+        raise StudentError(
+            f"the student's pad_token_id {pad} is beyond its {text_config.vocab_size} token rows: choose one of them, "
+            "or none (student.config.pad_token_id=null)"
+        )
+    heads, groups = (getattr(text_config, f"num_{kind}_heads", None) for kind in ("attention", "key_value"))
+    if isinstance(heads, int) and isinstance(groups, int) and groups and heads % groups:
+        raise StudentError(
+            f"the student's {heads} attention heads do not divide among {groups} of keys and values: choose a "
+            "num_key_value_heads that divides num_attention_heads"
+        )
     return architecture
 
 
@@ -100,7 +114,7 @@ def _new(fields: dict[str, Any]) -> Any:
 
     try:
         return AutoConfig.for_model(**fields)
-    except (ValueError, TypeError, StrictDataclassError) as error:
+    except (*REFUSALS, StrictDataclassError) as error:
         raise ConfigError(f"student.config: {one_line(error)}") from error
 
 

@@ -1,6 +1,8 @@
 """The trained student as a Hugging Face directory that `AutoModelForCausalLM` and vLLM load."""
 
+import sys
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -45,8 +47,40 @@ def plain_model(model: Any, config: StudentConfig) -> Any:
         plain = type(model)(model.config)
     plain.load_state_dict({name: _on_cpu(tensor, dtype) for name, tensor in state.items()}, assign=True)
     plain.tie_weights()  # what was one tensor is one tensor again, and is saved once
-    plain.generation_config = model.generation_config
+    plain.generation_config = _savable(model.generation_config)
     return plain
+
+
+def _savable(generation: Any) -> Any:
+    """A generation config as transformers agrees to save it: it loads older ones of the Hub that it then refuses, as
+    ``{"temperature": 0.6}`` without `do_sample`.
+
+    The first that passes: as it is; with sampling, which is what a temperature is for; the special tokens alone.
+    """
+    from transformers import GenerationConfig
+
+    if _passes(generation):
+        return generation
+    saved, change = deepcopy(generation), "do_sample=true"
+    saved.do_sample = True
+    if not _passes(saved):
+        ids = {name: getattr(generation, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        if ids["pad_token_id"] == -1:  # as models without one say it
+            del ids["pad_token_id"]
+        saved, change = GenerationConfig(**ids), "its special tokens alone"
+    print(
+        f"warning: the base model's generation_config.json breaks transformers' rules: it is saved with {change}",
+        file=sys.stderr,
+    )
+    return saved
+
+
+def _passes(generation: Any) -> bool:
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        return False
+    return True
 
 
 def _on_cpu(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

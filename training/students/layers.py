@@ -8,6 +8,14 @@ from torch import Tensor, nn
 from logit_store.errors import StudentError
 from training.config import FromTeacherConfig
 
+PER_LAYER = (
+    "activation_sparsity_pattern", "attn_type_list", "indexer_types", "intermediate_size", "layer_rope_theta",
+    "layer_types", "layers_block_type", "mlp_layer_types", "no_rope_layers", "num_attention_heads",
+    "num_attention_heads_per_layer", "num_key_value_heads", "sliding_windows", "swiglu_limits",
+)  # fmt: skip
+"""Keys under which configs of transformers have a value per layer, where it is a list. Other lists may happen to be as
+long, as ids that end a text."""
+
 
 def chosen_layers(config: FromTeacherConfig, num_layers: int) -> list[int]:
     """The teacher's layers that the student takes, of ``num_layers``.
@@ -45,7 +53,7 @@ def cut_config(config: FromTeacherConfig, teacher: Any) -> Any:
     chosen = chosen_layers(config, num_layers)
     fields = teacher.to_dict()
     for key, value in fields.items():
-        if isinstance(value, list) and len(value) == num_layers:
+        if isinstance(value, list) and len(value) == num_layers and key in PER_LAYER:
             fields[key] = [value[i] for i in chosen]
         elif isinstance(value, list) and value and "layer" in key:
             raise StudentError(

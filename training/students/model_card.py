@@ -99,9 +99,12 @@ def _introduction(config: TrainConfig, manifests: Sequence[dict[str, Any]]) -> s
     if not config.loss.needs_labels:
         return f"A causal language model, {origin}, trained on the tokens of a decant store by cross-entropy alone."
     teachers = " and ".join(f"`{_teacher(manifest)}`" for manifest in manifests)
+    weight, course = f"{config.loss.alpha:g}", config.loss.alpha_schedule
+    if course is not None:
+        weight += f" at first and {course.to:g} after {course.over_tokens:,} tokens"
     return (
         f"A causal language model, {origin}, that learned from the soft labels of {teachers}:\n"
-        f"the teacher's predictions were computed once and stored, and have a weight of {config.loss.alpha:g} in the "
+        f"the teacher's predictions were computed once and stored, and have a weight of {weight} in the "
         "loss,\nbeside cross-entropy."
     )
 
@@ -169,10 +172,10 @@ def _held_out_figures(figures: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warnings(result: dict[str, Any]) -> list[str]:
-    """What the run was warned of when it began, such as how far off interpolated labels may be."""
+    """What the run was warned of, such as how far off interpolated labels may be."""
     if not result["warnings"]:
         return []
-    return ["The run began with these warnings:", "", *(f"- {public(warning)}" for warning in result["warnings"]), ""]
+    return ["Warnings of the run:", "", *(f"- {public(warning)}" for warning in result["warnings"]), ""]
 
 
 def _number(value: float) -> str:

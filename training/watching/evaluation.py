@@ -119,7 +119,7 @@ NUM_COLUMNS = 5 + 3 * NUM_BINS
 def _bucket_N(batch: MicroBatch) -> Tensor:
     """The bucket of each valid position's row: the bits of its length less one."""
     bits_B = torch.frexp((batch.lengths_B - 1).double())[1].long()
-    return bits_B[:, None].expand_as(batch.valid_BL)[batch.valid_BL]
+    return bits_B.index_select(0, batch.valid_N // batch.input_ids_BL.shape[1])
 
 
 def top_of_heads(targets: SparseTargets) -> tuple[Tensor, Tensor]:

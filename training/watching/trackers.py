@@ -29,8 +29,8 @@ class Tracker(Protocol):
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Note the figures of a step; a later call for the same step adds to them."""
 
-    def close(self) -> None:
-        """Send and write what is left."""
+    def close(self, failed: bool) -> None:
+        """Send and write what is left, and whether an error ended the run."""
 
 
 def check_trackers(watch: WatchConfig) -> None:
@@ -65,9 +65,9 @@ class Spared:
         if time.monotonic() >= self._again_s:
             self._try(lambda: self.tracker.log(values, step))
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Send what is left, if the tracker answers."""
-        self._try(self.tracker.close)
+        self._try(lambda: self.tracker.close(failed))
 
     def _try(self, call: Callable[[], None]) -> None:
         try:
@@ -99,7 +99,7 @@ class TensorBoard:
         for name, value in values.items():
             self.writer.add_scalar(name, value, step)
 
-    def close(self) -> None:
+    def close(self, failed: bool) -> None:
         """Write what is left."""
         self.writer.close()
 
@@ -128,9 +128,9 @@ class Wandb:
         """Note the figures of a step."""
         self.run.log(dict(values), step=step)
 
-    def close(self) -> None:
-        """Send what is left."""
-        self.run.finish()
+    def close(self, failed: bool) -> None:
+        """Send what is left; a run that did not fail has finished."""
+        self.run.finish(exit_code=int(failed))
 
 
 class Mlflow:
@@ -158,6 +158,6 @@ class Mlflow:
         now_ms = int(time.time() * 1000)
         self.client.log_batch(self.id, [self._metric(name, value, now_ms, step) for name, value in values.items()])
 
-    def close(self) -> None:
-        """Mark the run as ended."""
-        self.client.set_terminated(self.id)
+    def close(self, failed: bool) -> None:
+        """Mark the run as finished, or as failed."""
+        self.client.set_terminated(self.id, status="FAILED" if failed else "FINISHED")

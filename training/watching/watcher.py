@@ -18,7 +18,7 @@ class Watcher:
     """Every rank tells it of its steps, rank 0 writes; a context that holds the bar and the trackers."""
 
     def __init__(
-        self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int, flops: ModelFlops, engine: Engine
+        self, run: RunFolder, config: TrainConfig, cursor: Cursor, rank: int, flops: ModelFlops | None, engine: Engine
     ) -> None:
         self.run, self.config, self.rank, self.engine, self.flops = run, config, rank, engine, flops
         self.cursor, self.time = cursor, time.monotonic()
@@ -37,13 +37,14 @@ class Watcher:
             total = self.config.schedule.total_tokens
             self.task = self.bar.add_task(self.run.path.name, total=total, completed=self.cursor.tokens_seen, text="")
             self.bar.start()
+        self.time = time.monotonic()  # trackers may take seconds to open
         return self
 
-    def __exit__(self, *_exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_exception: object) -> None:
         if self.rank == 0:
             self.bar.stop()
             for tracker in self.trackers:
-                tracker.close()
+                tracker.close(failed=kind is not None)
 
     def step(self, step: Step, values: Mapping[str, float]) -> None:
         """Note a step that every rank has taken: ``values``, and what is counted and timed here."""
@@ -64,8 +65,9 @@ class Watcher:
         values["wait"] = wait_s / self.engine.world_size / seconds
         if step.batches[0].targets:
             values["kept_mass"] = kept_mass / tokens
-        if self.peak is not None:
-            values["mfu"] = self.flops.of_step(p.positions for p in step.prefixes) / seconds / self.peak
+        if self.peak is not None and self.flops is not None:
+            done = self.flops.of_step((p.positions for p in step.prefixes), tokens)
+            values["mfu"] = done / seconds / self.peak
         self._log(step.cursor, values, {f"train/{name}": value for name, value in values.items()})
         text = f"loss {values['loss']:.3f}  length {values['sequence_length']:.0f}  {tokens / seconds:,.0f} tok/s"
         self.bar.update(self.task, completed=step.cursor.tokens_seen, text=text)
