@@ -1,7 +1,8 @@
 # make setup   an environment with everything, for this machine (CPU or NVIDIA)
 # make demo    the whole job on a small corpus, from teacher to report
 # make test    every test
-# make bench   benchmarks against plain alternatives; results in docs/benchmarks/
+# make test-gpu  what only a GPU can show: targets, losses, engine and whole runs on one
+# make bench   benchmarks against plain alternatives; results in docs/benchmarks/ (*-gpu.csv where there is a GPU)
 # make chaos   half an hour of random kills of workers, driver and nodes: the store must come out the same
 # make lint    ruff, types, shell
 #
@@ -12,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: setup demo test bench chaos lint clean
+.PHONY: setup demo test test-gpu bench chaos lint clean
 INPUTS := pyproject.toml docker/install.sh
 
 setup: $(VENV)/.all
@@ -34,6 +35,9 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.all
 	$(BIN)/python -m pytest
+
+test-gpu: $(VENV)/.all
+	$(BIN)/python -m pytest tests/gpu
 
 bench: $(VENV)/.all
 	$(BIN)/python -m tests.bench.memory

@@ -38,8 +38,10 @@ class Head(NamedTuple):
 
 def top_k(logits_NV: Tensor, k: int) -> Head:
     """The ids of the k largest logits, ties to the lower id."""
-    ids_NK = _top_ids(logits_NV, k)
-    return Head.among(ids_NK, torch.ones_like(ids_NK, dtype=torch.bool))
+    ids_NK = _top_ids(logits_NV, k).sort(-1).values
+    num_positions, device = len(ids_NK), ids_NK.device
+    at_N = torch.arange(num_positions, device=device)
+    return Head(torch.full_like(at_N, k), at_N.repeat_interleave(k), ids_NK.flatten())  # nothing to be counted
 
 
 def top_p(logits_NV: Tensor, offset_N1: Tensor, lse_N1: Tensor, p: float, k: int) -> Head:

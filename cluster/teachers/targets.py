@@ -5,7 +5,9 @@ S temperatures, F forced ids, M draws of the position that has most.
 """
 
 import math
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -61,6 +63,7 @@ class Selector:
         self.targets, self.vocabulary_size, self.labels_id = targets, vocabulary_size, labels_id
         self.temperature = targets.temperatures[0] if targets.is_sampled and targets.temperatures else 1.0
         self._seed = seed_of(labels_id)
+        self._on_device: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def select(self, logits_NW: Tensor, next_ids_N: Tensor, rows_N: Tensor, positions_N: Tensor) -> Targets:
         """Targets of N positions, from raw logits of any float dtype; position ``positions_N[i]`` of the store's row
@@ -100,7 +103,7 @@ class Selector:
         lse_at_T_N1 = lse_NS if targets.is_sampled and targets.temperatures else lse_N1
         head = self._head(masses, lse_N1, lse_at_T_N1)
         at_N = torch.arange(num_positions, device=lse_N1.device)
-        always_F = torch.tensor(targets.always, device=lse_N1.device).long()
+        always_F, temperatures_S = self._constants(lse_N1.device)
         at_F, ids_F = at_N.repeat_interleave(len(always_F)), always_F.repeat(num_positions)
         kept = ((head.at_H, head.ids_H), (at_N, next_ids_N), (at_F, ids_F))
         head_logprobs_H, next_logprob_N, forced_logprobs_F = (
@@ -109,13 +112,20 @@ class Selector:
         for at_E, ids_E in kept:
             masses.take_out(at_E, ids_E)
         tail_N1 = masses.log_sum() - lse_N1
-        log_partition_NS = lse_NS - lse_N1 / lse_N1.new_tensor(targets.temperatures)
+        log_partition_NS = lse_NS - lse_N1 / temperatures_S
         draws = self._draws(masses, tail_N1, lse_at_T_N1, rows_N, positions_N)
         columns = (
             *(head.counts_N.int(), head.ids_H.int(), head_logprobs_H, next_logprob_N, tail_N1[:, 0]),
             *(log_partition_NS, forced_logprobs_F.view(num_positions, -1), *draws),
         )
-        return Targets(*(column.cpu().numpy() for column in columns))
+        return Targets(*_to_host(columns))
+
+    def _constants(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The ``always`` ids and the temperatures on a device, copied there once: each copy waits for a GPU."""
+        if device not in self._on_device:
+            always_F = torch.tensor(self.targets.always, dtype=torch.long, device=device)
+            self._on_device[device] = always_F, torch.tensor(self.targets.temperatures, device=device)
+        return self._on_device[device]
 
     def _head(self, masses: Masses, lse_N1: Tensor, lse_at_T_N1: Tensor) -> Head:
         logits_NV, offset_N1 = masses.logits_NW[:, : self.vocabulary_size], masses.offset_N1
@@ -147,3 +157,15 @@ class Selector:
         ids_NM = masses.draw(points_NM, self.temperature, self.vocabulary_size).sort(-1).values
         is_drawn_NM = torch.arange(ids_NM.shape[1], device=ids_NM.device) < counts_N1
         return counts_N1[:, 0], ids_NM[is_drawn_NM].int()
+
+
+def _to_host(columns: Sequence[Tensor]) -> list[np.ndarray]:
+    """The columns as arrays; by one copy for all of a dtype, since each waits for the GPU."""
+    arrays: dict[int, np.ndarray] = {}
+    for dtype in {column.dtype for column in columns}:
+        members = [i for i, column in enumerate(columns) if column.dtype == dtype]
+        flat = torch.cat([columns[i].flatten() for i in members]).cpu().numpy()
+        ends = np.cumsum([columns[i].numel() for i in members])[:-1]
+        for i, part in zip(members, np.split(flat, ends), strict=True):
+            arrays[i] = part.reshape(columns[i].shape)
+    return [arrays[i] for i in range(len(columns))]
