@@ -13,7 +13,7 @@ from logit_store.errors import ConfigError
 
 CREDENTIALS = re.compile(
     r"://[^@\s]*:(?!\d{1,5}/)[^@\s]*@|https?://[^/?#@\s]*@"
-    r"|[?#&][^=&]*(?:sig|token|secret|pass|key|auth|credential)[^=&]*=",
+    r"|://\S*[?#&][^=&\s]*(?:sig|token|secret|pass|key|auth|credential)[^=&\s]*=",
     re.IGNORECASE,
 )
 """In a URL: `user:password@` (and not `host:port/…@…`; a password may hold any character), a parameter that opens or

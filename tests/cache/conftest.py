@@ -1,7 +1,8 @@
 """`decant tokenize` in the test's own process, and a memory of files that is the test's own."""
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -62,3 +63,15 @@ def refused(tokenize_here: Callable[..., Any], tmp_path: Path) -> Callable[..., 
         return str(caught.value)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def vllm_teacher(teacher: Path) -> Iterator[Any]:
+    """The real engine, shared by the whole run; its sockets in a folder of their own, since it leaves them behind."""
+    with tempfile.TemporaryDirectory(prefix="vllm", dir="/tmp") as sockets, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_RPC_BASE_PATH", sockets)
+        from tests.cache.test_teachers import run_vllm
+
+        backend = run_vllm(teacher, "float32")
+        yield backend
+        backend.close()
