@@ -2,7 +2,7 @@
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from logit_store.config import Config
 from training.students.sizes import SIZES
@@ -166,7 +166,7 @@ class TowardsConfig(Config):
     """How a number changes with the tokens seen."""
 
     kind: Literal["linear", "cosine"]
-    """A straight line, or half a wave of a cosine. What stays as it is needs no schedule."""
+    """A straight line, or half a wave of a cosine. What stays needs none; `{kind: constant}` is no schedule."""
     to: float = Field(ge=0.0, allow_inf_nan=False)
     """Where it ends; it starts at the number itself."""
     over_tokens: int = Field(ge=1)
@@ -220,6 +220,11 @@ class LossConfig(Config):
     """Weight of the squared log-sum-exp of the logits; 1e-4 is usual."""
     chunk_positions: int | None = Field(None, ge=1)
     """Positions whose logits exist at once; chosen from V where it is not given."""
+
+    @field_validator("alpha_schedule", "temperature_schedule", mode="before")
+    @classmethod
+    def _constant_is_none(cls, schedule: Any) -> Any:
+        return None if schedule == {"kind": "constant"} else schedule
 
     @model_validator(mode="after")
     def _has_one_course(self) -> Self:

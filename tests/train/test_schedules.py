@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from training.config import CurriculumConfig, CurriculumScheduleConfig, ScheduleConfig
+from training.config import CurriculumConfig, CurriculumScheduleConfig, LossConfig, ScheduleConfig
 from training.schedules import difficulty, learning_rate
 
 SCHEDULES: list[tuple[str, dict[str, Any]]] = [
@@ -42,3 +42,8 @@ def test_learning_rate_warms_up_peaks_and_falls(decay: Any) -> None:
     assert rates[100] == max(rates) == 0.5
     assert rates[1000] == rates[1099] == pytest.approx(0.5 if decay == "constant" else 0.1)
     assert rates[550] == pytest.approx({"constant": 0.5, "linear": 0.3, "cosine": 0.3}[decay])
+
+
+def test_a_constant_schedule_is_none() -> None:
+    config = LossConfig(alpha_schedule={"kind": "constant"}, temperature_schedule={"kind": "constant"})  # type: ignore[arg-type]
+    assert config == LossConfig()
