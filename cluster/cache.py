@@ -147,6 +147,8 @@ def _header(config: CacheConfig, tokens: TokenStore, folder: Path) -> dict[str, 
         "quantization": config.teacher.quantization,
         "targets": targets.model_dump(),
     }
+    if config.teacher.dtype != "float32":
+        labels["head"] = "float32"  # logits that are rounded to half precision are other labels
     return {
         "kind": LogitStore.kind,
         "labels_id": labels_id(labels),

@@ -2,10 +2,16 @@
 #
 #     docker build --file docker/student.Dockerfile --tag decant-student:0.1.0 .
 #
-# The base is plain Python and no CUDA image: the wheels of PyTorch carry CUDA, cuDNN and NCCL. No compiler either: the
+# The base is plain Python and no CUDA image: the wheels of PyTorch carry CUDA, cuDNN and NCCL. There is no nvcc: the
 # trainer uses PyTorch's own AdamW, and DeepSpeed builds an operator only when a config asks for one (CPU or NVMe
-# offload, fused optimizers). Such a config needs g++ and nvcc on top of this image.
+# offload, fused optimizers of its own). Such a config needs nvcc on top of this image.
 FROM python:3.11.15-slim-bookworm
+
+# Triton compiles a small C launcher for each kernel of the loss.
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install --yes --no-install-recommends g++ \
+    && rm -rf /var/lib/apt/lists/*
 
 # compute,utility: what a container must ask for to be given libcuda and nvidia-smi.
 # XDG_CACHE_HOME, HF_HOME: downloaded models, on a volume that outlives the container.

@@ -12,12 +12,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from logit_store.errors import ConfigError
 
 CREDENTIALS = re.compile(
-    r"://[^@\s]*:(?!\d{1,5}/)[^@\s]*@|https?://[^/?#@\s]*@"
-    r"|://\S*[?#&][^=&\s]*(?:sig|token|secret|pass|key|auth|credential)[^=&\s]*=",
+    r"://[^@/:\s]*:(?!:|\d{1,5}/)[^@\s]*@|https?://[^/?#@\s]*@"
+    r"|://\S*[?#&][^=&\s]*(?:sig(nature)?|token|secret|pass(word|wd)?|key(id)?|auth(orization)?|credentials?)=",
     re.IGNORECASE,
 )
-"""In a URL: `user:password@` (and not `host:port/…@…`; a password may hold any character), a parameter that opens or
-signs it, or of the web a user, which may be a token. Elsewhere a user alone is none: `abfs://container@account`."""
+"""In a URL: `user:password@` (a password may hold any character; not `host:port/…@…`, nor what is behind a first `/` or
+`::`), a parameter that opens or signs it, or of the web a user, which may be a token. Elsewhere a user alone is none:
+`abfs://container@account`."""
 
 KEEP_CREDENTIALS = (
     "is a URL with credentials, and would be written into stores and logs: leave them out, and give them to every "

@@ -49,7 +49,7 @@ class Engine:
         except Exception as error:
             if not _is_about_the_config(error):
                 raise
-            reason = " ".join(str(error).split()) or type(error).__name__
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ConfigError(f"DeepSpeed refuses its config: {reason}") from error
         self.device = self.engine.device
         self.world_size = torch.distributed.get_world_size()

@@ -72,6 +72,13 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     return completed
 
 
+def decisive_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What of a DeepSpeed config decides a run's numbers: all but whether its optimizer's operations are fused."""
+    optimizer = config["optimizer"]
+    params = {key: value for key, value in optimizer.get("params", {}).items() if key != "fused"}
+    return {**config, "optimizer": {**optimizer, "params": params}}
+
+
 def _refuse_malformed(path: str | None, user: dict[str, Any]) -> None:
     """Refuse what DeepSpeed would pass over without a word, or read otherwise than it is read here."""
     for name in user:

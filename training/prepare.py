@@ -7,7 +7,7 @@ from training.config import TrainConfig
 from training.curriculum.batches import BatchPlan, Prefix
 from training.curriculum.plan import custom_identity, make_plan, plan_warnings
 from training.data.source import Source, open_source
-from training.engine_config import deepspeed_config
+from training.engine_config import decisive_part, deepspeed_config
 from training.losses.check import check_loss
 from training.students.architecture import check_student
 from training.students.attention import check_attention
@@ -55,5 +55,5 @@ def prepare(config: TrainConfig) -> Prepared:
     warnings += [f"the student's tokenizer differs from the store's in its {part}" for part in differing]
     warnings += plan_warnings(plan, config, len(source.rows("train")))
     identity = source.identity() | custom_identity(config)
-    identity |= {"deepspeed": engine_config}  # by content: the JSON may be edited under the same name
+    identity |= {"deepspeed": decisive_part(engine_config)}  # by content: the JSON may be edited under the same name
     return Prepared(config, source, plan, held_out, longest, identity, engine_config, warnings)

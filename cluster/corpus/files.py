@@ -147,7 +147,7 @@ def check_unchanged(file: SourceFile) -> None:
         return
     try:
         found, _ = _stamp(*fsspec.core.url_to_fs(file.path))
-    except OSError as error:
+    except Exception as error:  # remote file systems raise what their libraries raise
         raise CorpusError(f"{file.name} cannot be found any more: {error}") from error
     if found != file.stamp:
         raise CorpusError(

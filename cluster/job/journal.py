@@ -86,13 +86,12 @@ class Journal:
     def _attempt(self, write: Any) -> None:
         try:
             write()
+            self._is_broken = False
         except Exception as error:  # noqa: BLE001  (remote file systems raise what their libraries raise)
-            if self._is_broken:
-                return
+            if not self._is_broken:
+                said = f"decant: {self.storage.url} cannot be written, so `decant status` is blind: {error}"
+                print(said, file=sys.stderr)
             self._is_broken = True
-            print(
-                f"decant: {self.storage.url} cannot be written, so `decant status` is blind: {error}", file=sys.stderr
-            )
 
 
 def read_status(store_url: str) -> dict[str, Any] | None:

@@ -174,7 +174,10 @@ class Pool:
         for slot in self._slots:
             is_busy = slot.starting is not None or slot.tasks
             if is_busy and slot.heard_at is not None and now - slot.heard_at > patience_s:
-                reason = f"it has not answered for {patience_s:g} seconds (cluster.hung_after_s)"
+                reason = (
+                    f"it has not answered for {patience_s:g} seconds: where loading or a shard takes that long, raise "
+                    "cluster.hung_after_s"
+                )
                 yield from self._died(slot, WorkerDied(Cause.PROCESS, reason))
 
     def _succeeded(self, slot: _Slot, reference: Any, result: dict[str, Any]) -> Iterator[Event]:

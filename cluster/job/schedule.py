@@ -243,6 +243,7 @@ class Schedule:
         if trouble.attempts >= self.limits.max_attempts:
             del self._troubles[task.shard]
             self.given_up[task.shard] = reason
+            self.left_out = {at: why for at, why in self.left_out.items() if at[0] != task.shard}  # it has no labels
             self._news.append(("given_up", {"shard": task.shard, "reason": reason}))
         elif cause == Cause.MEMORY:
             trouble.halvings = min(trouble.halvings + 1, MAX_HALVINGS)

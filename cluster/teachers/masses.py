@@ -6,6 +6,10 @@ and for CPUs; `masses_triton.py` is the same for GPUs.
 Shapes: N positions, W rows of the teacher's head, V vocabulary, M draws of the position that has most.
 """
 
+import os
+import shutil
+import warnings
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -75,3 +79,15 @@ class TorchMasses:
         if temperature != 1:
             weights_NV.div_(temperature)
         return draw(weights_NV.exp_(), points_NM)
+
+
+@cache
+def has_c_compiler() -> bool:
+    """Whether Triton can build what launches its kernels; a warning where it cannot."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    warnings.warn(
+        "no C compiler for Triton's kernels: install gcc, or choosing targets takes up to three times as long",
+        stacklevel=2,
+    )
+    return False

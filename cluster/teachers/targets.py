@@ -14,7 +14,7 @@ from torch import Tensor
 from cluster.config import TargetsConfig
 from cluster.teachers import heads
 from cluster.teachers.heads import Head
-from cluster.teachers.masses import Masses, TorchMasses
+from cluster.teachers.masses import Masses, TorchMasses, has_c_compiler
 from cluster.teachers.sampling import seed_of, systematic, uniforms
 from logit_store import Targets
 from logit_store.errors import ConfigError, TeacherError
@@ -35,7 +35,7 @@ def chunk_positions(width: int, num_bytes: int) -> int:
 
 def masses_of(logits_NW: Tensor) -> Masses:
     """Masses of raw logits of any float dtype, which stay as they are."""
-    if logits_NW.is_cuda:
+    if logits_NW.is_cuda and has_c_compiler():
         from cluster.teachers.masses_triton import TritonMasses
 
         return TritonMasses(logits_NW)

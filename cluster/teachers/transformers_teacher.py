@@ -140,8 +140,12 @@ class TransformersTeacher:
 
     @torch.inference_mode()
     def _probe(self) -> None:
-        """Refuse a model whose chunked logits are not its own, or whose positions see the tokens after them."""
+        """Refuse a model whose chunked logits are not its own, or whose positions see the tokens after them. A row is
+        scored as well: what that cannot do here is said before there is any work.
+        """
         ids_1T = torch.arange(8, device=self.device)[None] % self.selector.vocabulary_size
+        self._score_batch(ids_1T, torch.zeros(1, dtype=torch.long, device=self.device))
+        self.phases.take()
         own_TW = self.model(input_ids=ids_1T, use_cache=False).logits[0].float()
         chunked_TW = torch.cat([self._head(h) for h in self._hidden(ids_1T)[0].split(3)]).float()
         other_ids_1T = torch.cat([ids_1T[:, :-1], ids_1T[:, :1]], 1)

@@ -1,14 +1,15 @@
 """The pool against a cluster of our own making: places for workers come and go, and nothing is waited for for ever."""
 
 import re
-import time
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cluster import ray_workers
 from cluster.config import ClusterConfig
+from cluster.job import pool
 from cluster.job.pool import Event, Pool
 from cluster.job.schedule import Cause, Limits, Schedule, Task
 from cluster.ray_cluster import check_room
@@ -26,6 +27,7 @@ class Room:
     def __init__(self, places: int, answer: Callable[[str, Any], Any]) -> None:
         self.places, self.answer = places, answer
         self.hangs: Callable[[object, str, tuple[Any, ...]], bool] = lambda *_: False
+        self.now = 0.0
         self.workers: list[object] = []
         self.calls: dict[object, tuple[object, str, tuple[Any, ...]]] = {}
 
@@ -42,7 +44,7 @@ class Room:
         alive = self.workers[: self.places]
         ended = [call for call in calls if self.calls[call][0] in alive and not self.hangs(*self.calls[call])]
         if not ended:
-            time.sleep(min(timeout_s, 0.01))
+            self.now += min(timeout_s, 0.01)
         return ended[:1]
 
     def result(self, call: object) -> Any:
@@ -69,6 +71,7 @@ def run_in(
     """Let a pool work until it is done, or has been silent for a hundred ticks; each event is seen as it comes."""
     for name in ("start_worker", "call", "wait", "result", "stop_workers"):
         monkeypatch.setattr(ray_workers, name, getattr(room, name))
+    monkeypatch.setattr(pool, "time", SimpleNamespace(monotonic=lambda: room.now))  # nobody is waited for
     schedule = Schedule(range(shards), lambda _: ROWS, Limits(max_attempts, retry_delay_s=0.001, num_workers=workers))
     config = ClusterConfig(workers=workers, hung_after_s=hung_after_s)
     events: list[Event] = []
@@ -152,7 +155,8 @@ def test_a_worker_that_hangs_is_replaced(monkeypatch: pytest.MonkeyPatch, method
     schedule, events = run_in(room, monkeypatch, hung_after_s=0.3)
     assert schedule.num_done == 4
     reasons = [event.fields["reason"] for event in events if event.kind == "died"]
-    assert reasons == ["it has not answered for 0.3 seconds (cluster.hung_after_s)"]
+    assert len(reasons) == 1
+    assert "it has not answered for 0.3 seconds: " in reasons[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 4])

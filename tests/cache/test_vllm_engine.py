@@ -155,10 +155,10 @@ def test_a_vllm_engine_that_ran_out_of_memory_leaves_word_of_it(tmp_path: Path) 
 
 def test_a_vllm_process_on_another_machine_watches_no_number_of_this_one() -> None:
     """Process numbers mean other processes there, or none, whose driver would seem to have died."""
-    before = threading.active_count()
+    before = set(threading.enumerate())
     TargetCapture().end_with(2**22 + 1, "another start of another machine")
     time.sleep(0.1)
-    assert threading.active_count() == before
+    assert not set(threading.enumerate()) - before
 
 
 def test_a_vllm_process_watches_its_driver_before_it_has_a_model(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_vllm_process_watches_its_driver_before_it_has_a_model(tmp_path: Path)
         driver.kill()
         driver.wait()
     late = start()
-    assert early.wait(10) == late.wait(60) == -signal.SIGKILL
+    assert early.wait(60) == late.wait(60) == -signal.SIGKILL
 
 
 def test_why_a_vllm_engine_could_not_start_comes_first(teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,7 +244,7 @@ def engine_processes(driver: psutil.Process) -> list[psutil.Process]:
 
 def assert_gone(processes: list[psutil.Process]) -> None:
     """Within seconds none of them runs; a container without an init may keep the entry of a process that has ended."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes):
         assert time.monotonic() < deadline, processes
         time.sleep(0.1)

@@ -89,9 +89,17 @@ def test_credentials_are_refused_in_every_config_and_for_every_store(url: str) -
 
 
 @pytest.mark.parametrize(
-    "url", ["abfs://container@account.dfs.core.windows.net/x?versionId=3", "hdfs://host:8020/a@b", "ray://host:10001"]
+    "url",
+    [
+        "abfs://container@account.dfs.core.windows.net/x?versionId=3",
+        "hdfs://host:8020/a@b",
+        "ray://host:10001",
+        "s3://bucket/runs/12:30:05@host/store",
+        "zip://a.json::s3://bucket/x@1.zip",
+        "https://host/store?max_tokens=5&token_count=3",
+    ],
 )
-def test_a_user_alone_and_a_port_are_no_credentials(url: str) -> None:
+def test_a_user_alone_a_port_and_a_path_are_no_credentials(url: str) -> None:
     assert load_config(CacheConfig, CACHE, [f"store.path={url}"]).store.path == url
 
 

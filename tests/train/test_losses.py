@@ -414,3 +414,14 @@ def test_rounding_of_the_head_does_not_make_a_tail(temperature: float, steepness
     assert faint_N.sum() > 20 or steepness < 30 or temperature == 4
     total_N = torch.where(entries.present_NE, found.log_p_NE, -torch.inf).exp().sum(-1) + found.log_tail_N.exp()
     torch.testing.assert_close(total_N, torch.ones(50), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("entries", [1, 300])
+def test_labels_are_prepared_for_some_positions_at_a_time(entries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem, objective = make_problem(), Objective(V, 0.7, 2.0, stored=STORED)
+    whole = fused(problem, objective)
+    wanted = gradients(whole.loss, problem)
+    monkeypatch.setattr("training.losses.fused.PREPARED_ENTRIES", entries)
+    parts = fused(problem, objective)
+    for found, other in zip([*parts, *gradients(parts.loss, problem)], [*whole, *wanted], strict=True):
+        torch.testing.assert_close(found.detach(), other.detach(), rtol=1e-12, atol=1e-12)

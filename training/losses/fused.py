@@ -15,7 +15,7 @@ would be possible with a sum in half precision and its remainder, for more work 
 Shapes: N positions, C of a chunk, D hidden, W student rows, R rows of a block, E entries.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +36,9 @@ BLOCK_BYTES = {"cpu": 16 * 2**20, "cuda": 128 * 2**20}
 """Float32 gradient of a block of the head's rows, where the head is of half precision. 4,096 rows at D = 1,024 on a CPU
 (its cache then holds a chunk's part until it is added: forward and backward of the loss take 0.6 to 0.8 of the time
 with 64 MiB), and 8,192 rows at D = 4,096 on a GPU, which should fill it (not measured)."""
+
+PREPARED_ENTRIES = 2**22
+"""Labels that are prepared at once, in some 80 bytes each while they are sorted: 64,000 positions at k = 64."""
 
 Finish = Callable[[Tensor], Tensor]
 """What a model does to its head's logits [C, W] afterwards: soft-capping, a scale. Returns its argument if nothing."""
@@ -59,10 +62,8 @@ def linear_losses(
     are worked on at once (`default_chunk` without). Without positions the sums are zeros, with zeros for gradients.
     """
     temperature = objective.temperature if isinstance(objective.temperature, Tensor) else None
-    # What does not depend on the student is made once: on a GPU small operations cost what their launch costs.
-    part = Part.of(objective, next_ids_N, teachers, torch.promote_types(weight_WD.dtype, torch.float32))
     at = objective.temperature if temperature is None else float(temperature.detach())
-    work = _Work(finish, part, objective, at, chunk or default_chunk(weight_WD))
+    work = _Work(finish, next_ids_N, teachers, objective, at, chunk or default_chunk(weight_WD))
     sums_X: Tensor = _LinearLosses.apply(hidden_ND, weight_WD, bias_W, temperature, work, torch.is_grad_enabled())
     return sums_X
 
@@ -78,10 +79,26 @@ def _rows_within(num_bytes: dict[str, int], device: torch.device, width: int) ->
 
 class _Work(NamedTuple):
     finish: Finish
-    part: Part
+    next_ids_N: Tensor
+    teachers: Sequence[WeightedTargets]
     objective: Objective
     temperature: float
     chunk: int
+
+    def parts(self, dtype: torch.dtype) -> Iterator[tuple[slice, Part]]:
+        """Chunks of positions with their labels, ready in ``dtype``. What does not depend on the student is made for
+        many chunks at once: on a GPU small operations cost what their launch costs.
+        """
+        width = 1 + sum(sum(column.shape[1] for column in targets if column.dim() > 1) for _, targets in self.teachers)
+        block = max(1, PREPARED_ENTRIES // (width * self.chunk)) * self.chunk
+        for first in range(0, len(self.next_ids_N), block):
+            at = slice(first, first + block)
+            teachers = [WeightedTargets(weight, targets.part(at)) for weight, targets in self.teachers]
+            next_ids_N = self.next_ids_N[at]
+            part = Part.of(self.objective, next_ids_N, teachers, dtype)
+            for start in range(0, len(next_ids_N), self.chunk):
+                within = slice(start, start + self.chunk)
+                yield slice(first + start, first + start + self.chunk), part.at(within)
 
 
 class _LinearLosses(torch.autograd.Function):
@@ -102,11 +119,10 @@ class _LinearLosses(torch.autograd.Function):
             torch.zeros_like(temperature, dtype=wide) if wanted[3] and temperature is not None else None,
         )
         sums = torch.zeros(len(LossSums._fields), dtype=torch.float64, device=hidden_ND.device)
-        for start in range(0, len(hidden_ND), work.chunk):
-            at = slice(start, start + work.chunk)
+        for at, part in work.parts(wide):
             logits_CW, before_finish = _logits(hidden_ND[at], weight_WD, bias_W, work.finish, any(wanted))
             dtype = weight_WD.dtype if before_finish is None else logits_CW.dtype
-            of_chunk, gradient_CW = _chunk(logits_CW, at, work, gradients.temperature, dtype if any(wanted) else None)
+            of_chunk, gradient_CW = _chunk(logits_CW, part, work, gradients.temperature, dtype if any(wanted) else None)
             sums += of_chunk
             if gradient_CW is not None:
                 if before_finish is not None:
@@ -198,13 +214,12 @@ def wide_linear(hidden_CD: Tensor, weight_WD: Tensor, bias_W: Tensor | None) -> 
 
 
 def _chunk(
-    logits_CW: Tensor, at: slice, work: _Work, temperature_gradient: Tensor | None, wanted: torch.dtype | None
+    logits_CW: Tensor, part: Part, work: _Work, temperature_gradient: Tensor | None, wanted: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
     """Sums [4] of a chunk, float64, and the gradient of the loss by its logits as ``wanted``, or None. The logits are
     overwritten.
     """
-    objective, part = work.objective, work.part.at(at)
-    ids_CE = part.entries.ids_NE
+    objective, ids_CE = work.objective, part.entries.ids_NE
     logits_CW[:, objective.vocabulary_size :] = -torch.inf
     leaves = {"entries": logits_CW.gather(-1, ids_CE)}
     logits_CW.scatter_(-1, ids_CE, -torch.inf)

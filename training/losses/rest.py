@@ -6,6 +6,10 @@ GPUs.
 Shapes: C positions, W student rows.
 """
 
+import os
+import shutil
+import warnings
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -66,10 +70,22 @@ def rest_of(logits_CW: Tensor, temperature: float | None = None, learned: bool =
     """What a position's other ids sum to. ``logits_CW`` [C, W], −inf at entries and beyond V, may be overwritten.
 
     ``temperature`` where sums at T are wanted too, ``learned`` where their slope in T is. On a GPU the Triton kernels
-    read float32 logits once for the sums and once for the gradient.
+    read float32 logits once for the sums and once for the gradient; where they cannot be built, torch does the same.
     """
-    if logits_CW.device.type == "cuda" and logits_CW.dtype == torch.float32:
+    if logits_CW.device.type == "cuda" and logits_CW.dtype == torch.float32 and has_c_compiler():
         from training.losses.rest_triton import TritonRest
 
         return TritonRest(logits_CW, temperature, learned)
     return TorchRest(logits_CW, temperature, learned)
+
+
+@cache
+def has_c_compiler() -> bool:
+    """Whether Triton can build what launches its kernels; a warning where it cannot."""
+    if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
+        return True
+    warnings.warn(
+        "no C compiler for Triton's kernels: install gcc, or the loss takes up to three times as long",
+        stacklevel=2,
+    )
+    return False
