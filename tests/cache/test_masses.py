@@ -20,7 +20,7 @@ KINDS: list[dict[str, Any]] = [
     {"kind": "top_p", "p": 0.9, "k": 32, "temperatures": [0.5, 2.0]},
     {"kind": "threshold", "tau": 0.02},
     {"kind": "threshold", "tau": 0.02, "temperatures": [2.0], "always": [3]},
-    {"kind": "counts", "draws": 20},
+    {"kind": "counts", "draws": 8},
 ]
 
 
@@ -37,8 +37,8 @@ def check_all() -> int:
     """Every kind, from float32 and bfloat16 logits with ties, −inf, offsets and certainties; how many cases."""
     from cluster.teachers import masses_triton, targets
 
-    masses_triton.BLOCK, masses_triton.GROUP = 128, 64
-    logits_NW = torch.randn(12, W, generator=torch.Generator().manual_seed(0)) * 4
+    masses_triton.BLOCK, masses_triton.GROUP = 256, 128
+    logits_NW = torch.randn(7, W, generator=torch.Generator().manual_seed(0)) * 4
     logits_NW[3:, 100:200] = -torch.inf
     logits_NW[4, 1:V] = -torch.inf  # all but one, and the rows beyond V
     logits_NW[5] -= 1000

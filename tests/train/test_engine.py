@@ -17,7 +17,7 @@ from training.curriculum.batches import Prefix
 from training.data.micro_batch import rank_batches
 from training.data.source import Source
 from training.engine import Engine, Update
-from training.engine_config import deepspeed_config
+from training.engine_config import decisive_part, deepspeed_config
 from training.stop import AgreedError
 from training.students.models import build_student
 from training.students.student import Student
@@ -115,7 +115,6 @@ def test_what_deepspeed_would_misread_is_refused(user: dict[str, Any], message: 
     [
         ({"optimizer": {"type": "AdmW", "params": {}}}, "AdmW is not a supported DeepSpeed Optimizer"),
         ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True, "bettas": [1, 2]}}}, "argument 'bettas'"),
-        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}}, "async_io"),
         ({"zero_optimization": {"stage": 2, "reduce_buckt_size": 5}}, "reduce_buckt_size Extra inputs"),
         ({"aio": True}, "'bool' object"),
     ],
@@ -133,6 +132,14 @@ def test_an_optimizer_that_has_to_be_compiled_needs_a_compiler(tmp_path: Path, m
         completed(tmp_path, user)
     user["optimizer"]["params"]["torch_adam"] = True
     assert completed(tmp_path, user)["optimizer"] == user["optimizer"]
+
+
+def test_whether_operations_are_fused_decides_no_run(tmp_path: Path) -> None:
+    """So that runs go on which began before they were."""
+    config = completed(tmp_path, {"zero_optimization": {"stage": 2}})
+    plain = {key: value for key, value in config["optimizer"]["params"].items() if key != "fused"}
+    assert len(plain) == len(config["optimizer"]["params"]) - 1
+    assert decisive_part(config) == {**config, "optimizer": {"type": "AdamW", "params": plain}}
 
 
 # Precision
