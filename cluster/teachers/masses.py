@@ -87,7 +87,7 @@ def has_c_compiler() -> bool:
     if os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"):
         return True
     warnings.warn(
-        "no C compiler for Triton's kernels: install gcc, or choosing targets takes up to three times as long",
+        "no C compiler for Triton's kernels: install gcc, or targets are chosen in more passes over the logits",
         stacklevel=2,
     )
     return False

@@ -1,7 +1,7 @@
 """`masses.py` for GPUs: Triton kernels that read the logits once for each sum, and make nothing of their size.
 
-In torch the same reads and writes [N, W] some twelve times, and draws cumulate 64-bit integers over it, which costs a
-teacher of two billion parameters more than half of its decoder's time.
+In torch the same reads and writes [N, W] some twelve times, and draws cumulate 64-bit integers over it. Figures are in
+docs/benchmarks/gpu.md.
 
 Shapes: N positions, W rows of the teacher's head, V vocabulary, M draws of the position that has most, G groups of ids.
 """

@@ -1,7 +1,7 @@
 """`rest.py` for GPUs: two Triton kernels, each of which reads the logits once.
 
-In torch the same takes eight passes over [C, W], which cost as much as the head's matrix products: a GPU multiplies at
-hundreds of TFLOP/s, but reads a few TB/s.
+In torch the same takes eight passes over [C, W], by arithmetic as long as the head's products at D = 1,024: a GPU
+multiplies at hundreds of TFLOP/s, but reads a few TB/s. Figures are in docs/benchmarks/gpu.md.
 
 Shapes: C positions, W student rows.
 """
