@@ -47,6 +47,10 @@ class Cluster:
         _kill(self._nodes[i])
         self._nodes[i] = self._node()
 
+    def tend(self) -> None:
+        """Start nodes again that have ended by themselves: two that start at once may choose the same port."""
+        self._nodes = [node if node.poll() is None else self._node() for node in self._nodes]
+
     def stop(self) -> None:
         """End all of it."""
         for process in (*self._nodes, self._head):
@@ -166,6 +170,7 @@ def torment(
         due = time.monotonic() + rng.expovariate(1 / pause_s)
         is_over = sum(kills.values()) >= max_kills or time.monotonic() > until
         while (is_over or time.monotonic() < due) and not job.is_finished():
+            cluster.tend()
             time.sleep(0.05)
         if job.is_finished():
             if is_over:

@@ -145,14 +145,18 @@ class Pool:
                 dead.setdefault(slot.number, death)
                 continue
             except UnavailableError as error:
-                yield from self._storage_failed(slot, reference, error)
+                if reference == slot.starting:
+                    dead.setdefault(slot.number, WorkerDied(Cause.STORAGE, str(error)))
+                else:
+                    yield from self._failed(slot, reference, Cause.STORAGE, error)
                 continue
             except DecantError as error:
-                # A worker that cannot start after others could is on a machine that is no good. Work fails by the rows,
-                # as the teacher says; all else, such as a full disk, ends the job.
-                if not (self._has_started if reference == slot.starting else isinstance(error, TeacherError)):
+                if reference == slot.starting and self._has_started:  # others could: its machine is no good
+                    dead.setdefault(slot.number, WorkerDied(Cause.PROCESS, str(error)))
+                elif reference in slot.tasks and isinstance(error, TeacherError):  # it has no labels for some row
+                    yield from self._failed(slot, reference, Cause.LABELS, error)
+                else:  # such as a full disk
                     raise
-                dead.setdefault(slot.number, WorkerDied(Cause.PROCESS, str(error)))
                 continue
             yield from self._succeeded(slot, reference, result)
         for number, end in dead.items():
@@ -195,14 +199,11 @@ class Pool:
         kind = "done" if task.probe is None else "probed"
         yield Event(kind, {"worker": slot.number, **_described(task), **result})
 
-    def _storage_failed(self, slot: _Slot, reference: Any, error: UnavailableError) -> Iterator[Event]:
-        if reference == slot.starting:
-            yield from self._died(slot, WorkerDied(Cause.STORAGE, str(error)))
-            return
+    def _failed(self, slot: _Slot, reference: Any, cause: Cause, error: DecantError) -> Iterator[Event]:
         self._hear(slot)
         task = slot.tasks.pop(reference)
-        self.schedule.failed(slot.number, task, Cause.STORAGE, str(error), time.monotonic())
-        fields = {"worker": slot.number, "cause": str(Cause.STORAGE), "reason": str(error)}
+        self.schedule.failed(slot.number, task, cause, str(error), time.monotonic())
+        fields = {"worker": slot.number, "cause": str(cause), "reason": str(error)}
         yield Event("failed", {**fields, **_described(task)})
         yield from self._verdicts()
 

@@ -3,6 +3,8 @@
 A shard whose worker died is tried again, alone on a worker. If it takes a second worker down, its rows are probed in
 halves, their labels thrown away, until a single row has killed three fresh workers: that row is left out, and the
 shard made without it. Where every part of it passes, the deaths came from outside, and the whole is tried again.
+A shard with rows that the teacher has no labels for is taken apart in the same way, by workers that live: a row that a
+fresh one has none for either is left out.
 A row is left out once; where that does not help, the whole is tried until its attempts are used up.
 Where memory ran out, batches are halved some times before rows are probed.
 Deaths of nodes count against nobody.
@@ -15,7 +17,7 @@ from enum import StrEnum
 from typing import Any, NamedTuple
 
 MAX_DELAY_S = 60.0
-DEATHS_UNTIL_PROBED = 2
+FAILURES_UNTIL_PROBED = 2
 STRIKES = 3
 """Fresh workers that a row alone must kill before it is left out."""
 MAX_HALVINGS = 10
@@ -32,7 +34,9 @@ class Cause(StrEnum):
     MEMORY = "out_of_memory"
     """It was killed for its memory."""
     PROCESS = "worker_died"
-    """Its process, or the engine's, ended; or scoring raised an error."""
+    """Its process, or the engine's, ended; or scoring raised an error that says nothing of the rows."""
+    LABELS = "no_labels"
+    """The teacher has no labels for some row, such as NaN, or none that can be stored; the worker is well."""
     STORAGE = "storage"
     """Storage did not answer or could not be written for now; the worker is well."""
 
@@ -80,8 +84,8 @@ class _Trouble:
     shard: int
     attempts: int = 0
     """Attempts at the whole shard that failed."""
-    deaths: int = 0
-    """Of them, deaths of the worker since its rows were last probed."""
+    failures: int = 0
+    """Of them, those since its rows were last probed that rows may be to blame for, whatever the batch."""
     halvings: int = 0
     suspects: deque[range] = field(default_factory=deque)
     """Rows still to be probed."""
@@ -202,10 +206,12 @@ class Schedule:
         """The task came to nothing, but its worker lives. Where it was storage, everybody waits: labels that cannot be
         written need not be made, and what fails in one pause fails once.
         """
-        if now >= self._paused_until:
+        is_storage = cause == Cause.STORAGE
+        if not is_storage or now >= self._paused_until:
             self._count(cause, reason)
-            self._storage_failures += 1
-            self._paused_until = now + self.limits.delay_s(self._storage_failures)
+            if is_storage:
+                self._storage_failures += 1
+                self._paused_until = now + self.limits.delay_s(self._storage_failures)
         self._retry(worker, task, cause, reason, now)
 
     def hopeless(self) -> str | None:
@@ -249,9 +255,9 @@ class Schedule:
             trouble.halvings = min(trouble.halvings + 1, MAX_HALVINGS)
             if trouble.halvings >= HALVINGS_UNTIL_PROBED or trouble.attempts == self.limits.max_attempts - 1:
                 self._suspect_all(trouble)  # it may be one row, whatever the batch
-        elif cause == Cause.PROCESS:
-            trouble.deaths += 1
-            if trouble.deaths >= DEATHS_UNTIL_PROBED:
+        elif cause in (Cause.PROCESS, Cause.LABELS):
+            trouble.failures += 1
+            if trouble.failures >= FAILURES_UNTIL_PROBED:
                 self._suspect_all(trouble)
 
     def _is_due(self, trouble: _Trouble, now: float) -> bool:
@@ -266,7 +272,7 @@ class Schedule:
         return trouble
 
     def _suspect_all(self, trouble: _Trouble) -> None:
-        trouble.deaths, trouble.strikes, trouble.has_new_convictions = 0, 0, False
+        trouble.failures, trouble.strikes, trouble.has_new_convictions = 0, 0, False
         self._suspect_halves(trouble, range(self._num_rows(trouble.shard)))
 
     def _suspect_halves(self, trouble: _Trouble, rows: range) -> None:
@@ -284,7 +290,7 @@ class Schedule:
             self._suspect_halves(trouble, suspect)  # at the end: parts that pass come in between
             return
         trouble.strikes += 1
-        if trouble.strikes == STRIKES:
+        if trouble.strikes == STRIKES or cause == Cause.LABELS:  # a kill may come from anywhere, such an error may not
             trouble.left_out[suspect[0]] = self.left_out[trouble.shard, suspect[0]] = reason
             self._news.append(("left_out", {"shard": trouble.shard, "row": suspect[0], "reason": reason}))
             self.failures_in_a_row = 0  # a verdict is a result; how many there may be is bounded by itself

@@ -168,6 +168,27 @@ def test_rows_that_kill_beside_each_other(monkeypatch: pytest.MonkeyPatch, worke
     assert [event.kind for event in events].count("left_out") == len(bad)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_rows_without_labels_are_found_by_workers_that_live(monkeypatch: pytest.MonkeyPatch, workers: int) -> None:
+    """Loading a large teacher takes minutes: it is done again for the last two rows alone, the bad one and its like."""
+
+    def answer(_method: str, task: Task) -> dict[str, Any]:
+        scored = [row for row in task.probe or range(ROWS) if row not in dict(task.left_out)]
+        if task.shard == 1 and 3 in scored:
+            raise TeacherError("NaN")
+        return {}
+
+    schedule, events = run(monkeypatch, workers, answer, workers)
+    assert schedule.left_out == {(1, 3): "NaN"}
+    assert schedule.num_done == 4
+    kinds = [event.kind for event in events]
+    assert kinds.count("started") <= workers + 2
+    assert "died" not in kinds
+    failed = [event.fields for event in events if event.kind == "failed"]
+    assert {fields["cause"] for fields in failed} == {Cause.LABELS}
+    assert [fields.get("probe") for fields in failed] == [None, None, [0, 4], [2, 4], [3, 4]]
+
+
 @pytest.mark.parametrize("error", [TeacherError, ConfigError, IdentityError])
 def test_a_machine_that_stops_working_later_is_no_reason_to_stop(
     monkeypatch: pytest.MonkeyPatch, error: type[DecantError]

@@ -67,7 +67,7 @@ def run(schedule: Schedule, world: World, num_workers: int, seed: int) -> list[T
         cause = world.outcome(in_flight[worker][0], rng)
         if cause is None:
             schedule.done(worker, in_flight[worker].pop(0))
-        elif cause == Cause.STORAGE:
+        elif cause in (Cause.STORAGE, Cause.LABELS):
             schedule.failed(worker, in_flight[worker].pop(0), cause, "it", now)
         else:
             schedule.died(worker, in_flight[worker], cause, "it", now)
@@ -84,12 +84,12 @@ poisons = st.sets(st.tuples(st.integers(0, 7), st.integers(0, ROWS - 1)), max_si
     st.integers(1, 4),
     st.integers(0, 2**31),
     st.sampled_from([0.0, 0.3]),
-    st.sampled_from([Cause.PROCESS, Cause.MEMORY]),
+    st.sampled_from([Cause.PROCESS, Cause.MEMORY, Cause.LABELS]),
 )
 def test_the_rows_that_kill_are_left_out_and_no_others(
     poison: set[tuple[int, int]], num_workers: int, seed: int, noise: float, cause: Cause
 ) -> None:
-    """Whatever happens to nodes meanwhile; also those for which no batch is small enough."""
+    """Whatever happens to nodes meanwhile; also those for which no batch is small enough, and those without labels."""
     schedule = Schedule(range(8), lambda _: ROWS, LIMITS)
     given = run(schedule, World(poison, noise, poison_cause=cause), num_workers, seed)
     assert schedule.is_over
@@ -113,7 +113,7 @@ def test_now_and_then_anything_may_fail(num_workers: int, seed: int, cause: Caus
     assert not schedule.left_out
 
 
-@pytest.mark.parametrize("cause", [Cause.PROCESS, Cause.MEMORY, Cause.STORAGE])
+@pytest.mark.parametrize("cause", [Cause.PROCESS, Cause.MEMORY, Cause.STORAGE, Cause.LABELS])
 def test_what_always_fails_ends_the_job(cause: Cause) -> None:
     schedule = Schedule(range(1000), lambda _: ROWS, LIMITS)
     given = run(schedule, World(set(), 1.0, cause), 3, 0)
@@ -142,7 +142,7 @@ def test_a_shard_that_only_fails_as_a_whole_is_given_up() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [1, 4])
-@pytest.mark.parametrize("cause", [Cause.PROCESS, Cause.MEMORY])
+@pytest.mark.parametrize("cause", [Cause.PROCESS, Cause.MEMORY, Cause.LABELS])
 def test_a_shard_that_kills_whatever_is_scored_is_given_up(num_workers: int, cause: Cause) -> None:
     """Each row is left out once; then none is left to suspect."""
     schedule = Schedule(range(8), lambda _: ROWS, LIMITS)

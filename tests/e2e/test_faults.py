@@ -16,6 +16,7 @@ import decant
 from cluster import ray_cluster, ray_workers
 from cluster.cache import cache
 from cluster.config import CacheConfig, ClusterConfig
+from cluster.job.schedule import FAILURES_UNTIL_PROBED, STRIKES
 from cluster.job.status import read
 from cluster.job.worker import TeacherWorker
 from logit_store import LogitStore, Storage, TokenRow, TokenStore
@@ -103,7 +104,8 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
     assert not set(store.left_out) & {*store.rows("train").tolist(), *store.rows("held_out").tolist()}
     found = read(store.storage.url)
     assert (found["state"], found["shards_done"], len(found["left_out"])) == ("finished", 4, 3)
-    assert found["retries"]["worker_died"] >= 10
+    assert found["retries"]["worker_died"] >= FAILURES_UNTIL_PROBED + STRIKES
+    assert found["retries"]["no_labels"] >= 2 * (FAILURES_UNTIL_PROBED + 1), "and no worker was started again for them"
     log = [json.loads(line) for line in Path(f"{store.storage.url}.job/{found['log']}.jsonl").read_text().splitlines()]
     assert {"begun", "started", "died", "probed", "left_out", "done", "finished"} <= {line["event"] for line in log}
     capsys.readouterr()
