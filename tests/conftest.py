@@ -12,6 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: two c
 
 from tests.toy import (
     PLANTED,
+    ROOT,
     in_process_workers,
     make_cache_config,
     make_corpus,
@@ -22,6 +23,10 @@ from tests.toy import (
     run_decant,
     shard_bytes,
     write_yaml,
+)
+
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(ROOT / "tests" / "without_mlflow"), os.environ.get("PYTHONPATH")])
 )
 
 
@@ -70,7 +75,8 @@ def tokens(cache_config: dict[str, Any], shared: Path) -> Any:
     from logit_store import TokenStore
 
     path = write_yaml(shared / "cache.yaml", cache_config)
-    run_decant("tokenize", str(path))
+    done = run_decant("tokenize", str(path))
+    (shared / "tokens.log").write_text(done.stderr)
     return TokenStore.open(cache_config["tokens"]["path"])
 
 

@@ -47,6 +47,23 @@ def test_exact_labels_come_again_to_the_last_digits(make_store: Callable[..., An
     assert drift.is_within(1e-4)
 
 
+def test_vllm_gives_its_labels_again(
+    vllm_teacher: Any, make_store: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Made and asked again by the one engine of this run."""
+
+    def capture(_folder: Path, _config: Any, selector: Any, _longest: int, _executor: str) -> Any:
+        vllm_teacher.capture(selector)
+        return vllm_teacher
+
+    monkeypatch.setattr("cluster.teachers.vllm_teacher.VllmTeacher", capture)
+    monkeypatch.setattr(vllm_teacher, "close", lambda: None)
+    monkeypatch.setattr(vllm_teacher, "batch_tokens", vllm_teacher.batch_tokens)  # workers set it
+    store = make_store("rescored-vllm", teacher={"backend": "vllm"})
+    assert decant.main(["verify", store.storage.url, "--rescore", "3", "--tolerance", "0.01"]) == 0
+    assert "and the codec's" in capsys.readouterr().out
+
+
 def test_rows_are_drawn_by_the_seed(store: LogitStore) -> None:
     drawn = [[row for row, _ in rescore(store.storage.url, 3, seed=seed).rows] for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]

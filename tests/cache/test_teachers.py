@@ -80,10 +80,14 @@ class Backend(NamedTuple):
     """Its float32 log-probs are within this of the dense model's."""
 
 
-def run_vllm(folder: Path, dtype: Literal["float32", "bfloat16"], longest: int = WINDOW) -> Any:
+def run_vllm(
+    folder: Path, dtype: Literal["float32", "bfloat16"], longest: int = WINDOW, tensor_parallel: int = 1
+) -> Any:
     from cluster.teachers.vllm_teacher import VllmTeacher
 
-    config = TeacherConfig(model="", backend="vllm", dtype=dtype, batch_tokens=BATCH_TOKENS)
+    config = TeacherConfig(
+        model="", backend="vllm", dtype=dtype, batch_tokens=BATCH_TOKENS, tensor_parallel=tensor_parallel
+    )
     return VllmTeacher(folder, config, Selector(TargetsConfig(k=K), V, "labels"), longest)
 
 

@@ -132,12 +132,12 @@ def test_a_worker_on_several_nodes_has_a_placement_group() -> None:
 
 @pytest.mark.usefixtures("local_cluster")
 def test_a_machine_that_cannot_score_ends_the_job(config: CacheConfig) -> None:
-    cluster = config.cluster.model_copy(update={"max_attempts": 3})
-    with pytest.raises(TeacherError, match=r"6 failures in a row.*worker process has died"):
+    cluster = config.cluster.model_copy(update={"max_attempts": 2})
+    with pytest.raises(TeacherError, match=r"4 failures in a row.*worker process has died"):
         cache(config.model_copy(update={"cluster": cluster}), faulty.BrokenWorker)
     found = read(config.store.path)
     assert found["state"] == "failed"
-    assert "6 failures in a row" in found["reason"]
+    assert "4 failures in a row" in found["reason"]
 
 
 @pytest.mark.usefixtures("local_cluster")

@@ -15,27 +15,34 @@ import psutil
 import pytest
 
 from cluster import ray_cluster, ray_tasks
-from cluster.config import ClusterConfig
+from cluster.config import CacheConfig, ClusterConfig
+from cluster.tokenize import tokenize
 from logit_store import TokenStore
+from logit_store.config import parse_config
 from logit_store.errors import CorpusError, DecantError
 from tests.e2e.test_chain import Started
-from tests.toy import ROOT, num_committed, run_decant, shard_bytes, write_yaml
+from tests.toy import ROOT, in_process_workers, num_committed, shard_bytes, write_yaml
 
 
 @pytest.fixture(scope="module")
 def long_corpus(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A config of 60 shards that take some ten seconds, and the shards of an undisturbed run."""
+    """A config of 60 shards that take some ten seconds, and the shards of a run in one process."""
     library = Path(json.__file__).parents[1]
     texts = [path.read_text(encoding="utf-8") for path in sorted(library.glob("[a-m]*.py"))]
     (shared / "library.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     raw = json.loads(json.dumps(cache_config))
     raw["tokens"] |= {"path": str(shared / "library-quiet"), "source": {"files": [str(shared / "library.jsonl")]}}
     raw["tokens"]["num_shards"] = 60
-    path = write_yaml(shared / "library.yaml", raw)
-    done = run_decant("tokenize", str(path))
+    with in_process_workers():
+        tokenize(parse_config(CacheConfig, raw, "library"))
+    return write_yaml(shared / "library.yaml", raw), shard_bytes(shared / "library-quiet")
+
+
+def test_the_terminal_shows_nothing_of_rays_own(tokens: TokenStore, shared: Path) -> None:
     ours = re.compile(r"tokenize: [\d,]+ tokens in|.*[Tt]oken authentication")
-    assert all(ours.match(line) for line in done.stderr.splitlines()), done.stderr  # nothing of Ray Data's own
-    return path, shard_bytes(shared / "library-quiet")
+    lines = (shared / "tokens.log").read_text().splitlines()
+    assert lines
+    assert [line for line in lines if not ours.match(line)] == []
 
 
 def task_processes(driver: Started) -> list[psutil.Process]:
@@ -78,11 +85,15 @@ def test_killed_in_the_middle_and_resumed_gives_the_same_bytes(
 
 
 MEASURED = """
-import resource, sys
+import contextlib, resource, sys
 import decant
-for config in sys.argv[1:]:
-    assert decant.main(["tokenize", config]) == 0
-    print("peak MB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
+with ray_cluster.session(ClusterConfig()):
+    ray_cluster.session = lambda _config: contextlib.nullcontext()
+    for config in sys.argv[1:]:
+        assert decant.main(["tokenize", config]) == 0
+        print("peak MB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000)
 """
 
 

@@ -31,9 +31,9 @@ print(json.dumps(collections.Counter(address[task.node_id] for task in scored)))
 
 @pytest.fixture(scope="module")
 def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
-    """A config of half a minute of work (one row per batch), and the shards of a run in one process."""
+    """A config of some fifteen seconds of work (one row per batch), and the shards of a run in one process."""
     raw = json.loads(json.dumps(cache_config))
-    texts = [path.read_text()[:12_000] for path in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py"))]
+    texts = [path.read_text()[:6_000] for path in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py"))]
     corpus = shared / "nodes.jsonl"
     corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     raw["tokens"] |= {
@@ -83,12 +83,12 @@ def test_a_machine_lost_in_the_middle_changes_nothing(
                 head.command(*command), cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT
             )
         try:
-            wait_until(lambda: num_committed(folder) >= 4 or driver.poll() is not None, 120)
+            wait_until(lambda: num_committed(folder) >= 1 or driver.poll() is not None, 120)
             assert driver.poll() is None, log.read_text()
+            nodes.enter_context(worker(third))
             first.unplug()
             first.kill()
-            assert num_committed(folder) < NUM_SHARDS
-            nodes.enter_context(worker(third))
+            assert num_committed(folder) < NUM_SHARDS / 2
             assert driver.wait(timeout=180) == 0, log.read_text()
             scored = finished_by_address()
         finally:

@@ -44,7 +44,8 @@ def make_config(folder: Path, store: LogitStore, **sections: Any) -> dict[str, A
 
 
 def environment() -> dict[str, str]:
-    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
+    packages = f"{ROOT}{os.pathsep}{os.environ['PYTHONPATH']}"
+    ours = {"PYTHONPATH": packages, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     left = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     return {**left, **ours, "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}"}
 
