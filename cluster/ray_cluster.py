@@ -57,13 +57,20 @@ def _only_ours() -> Iterator[str]:
 
     Ray binds to loopback only on nodes whose own address is loopback, and takes such a `_node_ip_address` for a
     mistake (services.resolve_ip_for_localhost): what it does on macOS and Windows has to be asked for. Its metrics
-    are served without a token even so.
+    are served without a token even so. Raises ConfigError: the folder cannot be made.
     """
     import ray._private.ray_constants as constants
 
     ours = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     before, clustered = {name: os.environ.get(name) for name in ours}, constants.ENABLE_RAY_CLUSTER
-    folder = tempfile.mkdtemp(prefix="ray", dir=os.environ.get("RAY_TMPDIR", "/tmp"))
+    parent = os.environ.get("RAY_TMPDIR", "/tmp")
+    try:
+        folder = tempfile.mkdtemp(prefix="ray", dir=parent)
+    except OSError as error:
+        raise ConfigError(
+            f"a local Ray cluster needs a folder in {parent}, and there can be none ({error.strerror}): set RAY_TMPDIR "
+            "to a short path that can be written"
+        ) from error
     try:
         _set_environment(ours)
         constants.ENABLE_RAY_CLUSTER = False

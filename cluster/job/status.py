@@ -4,7 +4,7 @@ import json
 import time
 from typing import Any
 
-from cluster.job.journal import read_status
+from cluster.job.journal import STATUS_EVERY_S, read_status
 from cluster.job.progress import left
 from logit_store import Storage, writer
 from logit_store.errors import NotFinishedError
@@ -12,12 +12,13 @@ from logit_store.format import HEADER, MANIFEST, unseal
 
 SILENCE_S = 60.0
 """A running job that has said nothing for so long is dead: it speaks every 15 seconds at the least."""
-WATCH_EVERY_S = 2.0
 
 
 def read(store_url: str) -> dict[str, Any]:
     """How things stand: ``state`` is ``finished``, ``running``, ``died``, ``failed``, ``interrupted`` or ``unknown``
     (shards, and no word of any job). Raises NotFinishedError where nothing was begun.
+
+    Shards are listed only where no job counts them: a million take a thousand requests, which cost money.
     """
     storage = Storage(store_url)
     if not storage.exists(HEADER):
@@ -25,9 +26,11 @@ def read(store_url: str) -> dict[str, Any]:
     num_shards = int(unseal(storage.read(HEADER), "header", storage.path(HEADER))["num_shards"])
     said = read_status(store_url) or {"state": "unknown"}
     found = {**said, "store": store_url, "shards": num_shards}
-    found["shards_done"] = int(writer.is_committed(storage, num_shards).sum())
     found["silent_s"] = round(time.time() - said["updated"], 1) if "updated" in said else None
-    if storage.exists(MANIFEST):
+    is_finished = storage.exists(MANIFEST)
+    if is_finished or said["state"] != "running" or found["silent_s"] > SILENCE_S:
+        found["shards_done"] = int(writer.is_committed(storage, num_shards).sum())
+    if is_finished:
         found["state"] = "finished"
         left_out = unseal(storage.read(MANIFEST), "manifest", storage.path(MANIFEST)).get("left_out", {})
         found["left_out"] = [{"row": int(row), "reason": reason} for row, reason in left_out.items()]
@@ -46,7 +49,7 @@ def status(store_url: str, as_json: bool = False, watch: bool = False) -> None:
         return
     with Live(_table(found), auto_refresh=False) as live:
         while watch and found["state"] in ("running", "unknown"):
-            time.sleep(WATCH_EVERY_S)
+            time.sleep(STATUS_EVERY_S[Storage(store_url).is_local])
             found = read(store_url)
             live.update(_table(found), refresh=True)
 

@@ -93,13 +93,15 @@ def test_a_job_without_a_word_for_a_minute_has_died(store: LogitStore, tmp_path:
     unfinished = Storage(str(tmp_path / "store"))
     unfinished.create("header.json", store.storage.read("header.json"))
     assert read(unfinished.url)["state"] == "unknown"
-    figures = Account(8, 0, 1000, 0.0).figures()
+    figures = Account(8, 3, 1000, 0.0).figures()
     journal = Journal(unfinished.url, "cache")
     journal.status("running", lambda: figures, now=True)
-    assert read(unfinished.url)["state"] == "running"
+    running = read(unfinished.url)
+    assert (running["state"], running["shards_done"]) == ("running", 3)  # by its word: to list a million shards costs
     path = tmp_path / "store.job" / "status.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "updated": time.time() - 90}))
-    assert read(unfinished.url)["state"] == "died"
+    died = read(unfinished.url)
+    assert (died["state"], died["shards_done"]) == ("died", 0)
     assert decant.main(["status", unfinished.url]) == 0
     assert "no word for 1:30; the command that began it goes on" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(NotFinishedError, match="no job has begun"):

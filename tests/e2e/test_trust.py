@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 
 import decant
+from cluster import ray_cluster
+from cluster.config import ClusterConfig
 from cluster.tokenizer import load_tokenizer
 from logit_store import LogitStore
 from logit_store.errors import ConfigError
@@ -125,6 +127,15 @@ def test_a_local_cluster_lets_its_own_token_in(local_cluster: tuple[int, str]) -
     logs = [path for path in Path(folder.partition("=")[2]).rglob("*") if path.is_file()]
     assert any(path.name.startswith("raylet") for path in logs)
     assert not [path for path in logs if variables["RAY_AUTH_TOKEN"].encode() in path.read_bytes()]
+
+
+def test_a_local_cluster_needs_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", "/nowhere")
+    with (
+        pytest.raises(ConfigError, match=r"needs a folder in /nowhere, .*\(No such file.*\): set RAY_TMPDIR"),
+        ray_cluster.session(ClusterConfig()),
+    ):
+        pass
 
 
 # Secrets
