@@ -46,7 +46,8 @@ with ray_cluster.session(ClusterConfig()):
             os.kill(ray._private.worker._global_node.all_processes["raylet"][0].process.pid, signal.SIGKILL)
 """
 
-DEADLY_ROW, NAN_ROW, WRONG_ROW = 13, 30, 31
+NUM_ROWS, NUM_SHARDS = 24, 4
+DEADLY_ROW, NAN_ROW, WRONG_ROW = 7, 14, 15
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,14 @@ def local_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def poisoned_tokens(tokens: TokenStore, shared: Path, tokenizer: Path) -> TokenStore:
-    """Four shards of twelve rows, of which one kills, another gives NaN, and another what no codec can store."""
-    rows = [tokens[i] for i in range(48)]
+    """Four shards of six rows, of which one kills, another gives NaN, and another what no codec can store."""
+    rows = [tokens[i] for i in range(NUM_ROWS)]
     for number, token in ((DEADLY_ROW, DEADLY), (NAN_ROW, NOT_A_NUMBER), (WRONG_ROW, NO_DISTRIBUTION)):
         ids = np.concatenate([[token, token], rows[number].input_ids_T[2:]]).astype(np.int32)
         rows[number] = TokenRow(rows[number].document, "train", ids)
     fields = ("corpus", "num_documents", "tokenizer_name", "window", "held_out", "columns")
-    header = {field: tokens.manifest[field] for field in fields} | {"num_shards": 4}
-    shards = [rows[start : start + 12] for start in range(0, 48, 12)]
+    header = {field: tokens.manifest[field] for field in fields} | {"num_shards": NUM_SHARDS}
+    shards = [rows[start : start + 6] for start in range(0, NUM_ROWS, 6)]
     return write_tokens(str(shared / "poisoned-tokens"), tokenizer, shards, **header)
 
 
@@ -97,7 +98,7 @@ def test_rows_that_kill_are_left_out_and_everything_else_is_made(
     assert "NaN" in store.left_out[NAN_ROW]
     assert "cannot be stored" in store.left_out[WRONG_ROW]
     assert decant.main(["verify", store.storage.url]) == 0
-    for row in range(48):
+    for row in range(NUM_ROWS):
         labelled = store[row]
         np.testing.assert_array_equal(labelled.tokens.input_ids_T, TokenStore.open(config.tokens.path)[row].input_ids_T)
         assert (labelled.targets.head_counts_P == (0 if row in store.left_out else 16)).all()
