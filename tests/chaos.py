@@ -201,7 +201,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory(prefix="chaos") as name:
         folder = Path(name)
-        config = make_long(make_inputs(folder), folder, "[a-z]*.py", 64)  # most kills fall into the work, not the start
+        # So long that most kills fall into the work, not into the start.
+        config = make_long(make_inputs(folder), folder, "[a-z]*.py", num_shards=64)
         path = write_yaml(folder / "cache.yaml", config)
         for verb in ("tokenize", "cache"):
             subprocess.run([DECANT, verb, str(path)], cwd=ROOT, check=True)

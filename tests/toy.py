@@ -93,11 +93,15 @@ def make_inputs(folder: Path) -> dict[str, Any]:
     return make_cache_config(folder, corpus, tokenizer, make_teacher(folder / "teacher", tokenizer))
 
 
-def make_long(config: dict[str, Any], folder: Path, modules: str = "[a-d]*.py", num_shards: int = 12) -> dict[str, Any]:
-    """The config of a store that takes some ten seconds to make, one row per batch; its corpus is written."""
+def make_long(
+    config: dict[str, Any], folder: Path, modules: str = "[a-d]*.py", characters: int = 30_000, num_shards: int = 12
+) -> dict[str, Any]:
+    """The config of a store that takes some ten seconds to make, one row per batch; its corpus, the beginnings of
+    modules of the standard library, is written.
+    """
     texts = [path.read_text(encoding="utf-8") for path in sorted(LIBRARY.glob(modules))]
     corpus = folder / "long.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text[:30_000]}) + "\n" for text in texts))
+    corpus.write_text("".join(json.dumps({"text": text[:characters]}) + "\n" for text in texts))
     long: dict[str, Any] = json.loads(json.dumps(config))
     long["tokens"] |= {"path": str(folder / "long-tokens"), "source": {"files": [str(corpus)]}}
     long["tokens"]["num_shards"] = num_shards

@@ -206,12 +206,12 @@ class Schedule:
         """The task came to nothing, but its worker lives. Where it was storage, everybody waits: labels that cannot be
         written need not be made, and what fails in one pause fails once.
         """
-        is_storage = cause == Cause.STORAGE
-        if not is_storage or now >= self._paused_until:
+        in_a_pause = cause == Cause.STORAGE and now < self._paused_until
+        if not in_a_pause:
             self._count(cause, reason)
-            if is_storage:
-                self._storage_failures += 1
-                self._paused_until = now + self.limits.delay_s(self._storage_failures)
+        if cause == Cause.STORAGE and not in_a_pause:
+            self._storage_failures += 1
+            self._paused_until = now + self.limits.delay_s(self._storage_failures)
         self._retry(worker, task, cause, reason, now)
 
     def hopeless(self) -> str | None:

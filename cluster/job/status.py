@@ -27,15 +27,14 @@ def read(store_url: str) -> dict[str, Any]:
     said = read_status(store_url) or {"state": "unknown"}
     found = {**said, "store": store_url, "shards": num_shards}
     found["silent_s"] = round(time.time() - said["updated"], 1) if "updated" in said else None
-    is_finished = storage.exists(MANIFEST)
-    if is_finished or said["state"] != "running" or found["silent_s"] > SILENCE_S:
-        found["shards_done"] = int(writer.is_committed(storage, num_shards).sum())
-    if is_finished:
+    if storage.exists(MANIFEST):
         found["state"] = "finished"
         left_out = unseal(storage.read(MANIFEST), "manifest", storage.path(MANIFEST)).get("left_out", {})
         found["left_out"] = [{"row": int(row), "reason": reason} for row, reason in left_out.items()]
     elif said["state"] in ("running", "finished"):  # its shards may be done; the manifest is still to come
         found["state"] = "died" if found["silent_s"] > SILENCE_S else "running"
+    if found["state"] != "running":
+        found["shards_done"] = int(writer.is_committed(storage, num_shards).sum())
     return found
 
 

@@ -40,7 +40,8 @@ def head() -> Iterator[dict[str, str]]:
         f"--dashboard-agent-listen-port={free_port()}",  # jobs are started by the agent: its usual port may be taken
     )
     with ray_node(*options, environment=environment):
-        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}", "GCS": f"127.0.0.1:{port}"}
+        api = f"127.0.0.1:{dashboard}"
+        yield environment | {"RAY_API_SERVER_ADDRESS": f"http://{api}", "API": api, "GCS": f"127.0.0.1:{port}"}
 
 
 def submit(
@@ -92,12 +93,11 @@ def test_a_job_without_the_token_is_refused(head: dict[str, str], variables: dic
 @pytest.fixture(scope="module")
 def refusals(tokens: Any, shared: Path, head: dict[str, str]) -> dict[str, str]:
     """What `decant cache` says that joins by address: all of them at once, for each starts for seconds."""
-    api = head["RAY_API_SERVER_ADDRESS"].removeprefix("http://")
     joins = {
         "no token": (WITHOUT_TOKEN, head["GCS"]),
         "another token": (WITH_ANOTHER, head["GCS"]),
         "no token file": ({"RAY_AUTH_TOKEN": "", "RAY_AUTH_TOKEN_PATH": "/nowhere/token"}, head["GCS"]),
-        "no cluster": ({}, api),
+        "no cluster": ({}, head["API"]),
     }
     folder = shared / "refused"
 
@@ -129,7 +129,7 @@ def test_joining_with_a_token_file_that_is_missing_says_so(refusals: dict[str, s
 
 def test_what_listens_but_is_no_cluster_is_refused(refusals: dict[str, str], head: dict[str, str]) -> None:
     (line,) = our_lines(refusals["no cluster"])
-    assert f"what listens at {head['RAY_API_SERVER_ADDRESS'].removeprefix('http://')!r} is no Ray cluster" in line
+    assert f"what listens at {head['API']!r} is no Ray cluster" in line
 
 
 def test_a_job_for_an_address_where_nothing_listens_is_refused(head: dict[str, str]) -> None:

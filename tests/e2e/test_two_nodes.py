@@ -13,7 +13,7 @@ import pytest
 from logit_store import LogitStore
 from tests.namespaces import Namespace, namespaces, needs_root
 from tests.ray_node import ray_node, token_environment, wait_until
-from tests.toy import DECANT, ROOT, make_here, num_committed, shard_bytes, write_yaml
+from tests.toy import DECANT, ROOT, make_here, make_long, num_committed, shard_bytes, write_yaml
 
 PORT = 6379
 NUM_SHARDS = 48
@@ -32,19 +32,11 @@ print(json.dumps(collections.Counter(address[task.node_id] for task in scored)))
 @pytest.fixture(scope="module")
 def slow_cache(cache_config: dict[str, Any], shared: Path) -> tuple[Path, dict[str, bytes]]:
     """A config of some fifteen seconds of work (one row per batch), and the shards of a run in one process."""
-    raw = json.loads(json.dumps(cache_config))
-    texts = [path.read_text()[:6_000] for path in sorted(Path(json.__file__).parents[1].glob("[a-z]*.py"))]
-    corpus = shared / "nodes.jsonl"
-    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    raw["tokens"] |= {
-        "path": str(shared / "nodes-tokens"),
-        "source": {"files": [str(corpus)]},
-        "num_shards": NUM_SHARDS,
-    }
-    raw["teacher"]["batch_tokens"] = 1
-    raw["store"]["path"] = str(shared / "nodes-quiet")
-    make_here(raw)
-    return write_yaml(shared / "nodes.yaml", raw), shard_bytes(shared / "nodes-quiet")
+    folder = shared / "nodes"
+    folder.mkdir()
+    config = make_long(cache_config, folder, "[a-z]*.py", 6_000, NUM_SHARDS)
+    make_here(config)
+    return write_yaml(folder / "cache.yaml", config), shard_bytes(config["store"]["path"])
 
 
 @pytest.fixture
